@@ -1,0 +1,63 @@
+# Two commands do everything; both set up what is missing first:
+#   make table                run the chosen experiments and print their results table
+#   make test                 check that notebooks are clean and exported, run nbdev_test and pytest
+# Choosing what `make table` and `dvc repro` run:
+#   make coco DATA=<folder>   the COCO experiments on a COCO folder (likewise make lspet)
+#   make sample               the embedded sample again
+# Also:
+#   make setup                only set up
+#   make lab                  JupyterLab on the notebooks
+#   make publish              keep the results as results/<set>/ and write README.md
+PYTHON ?= python3.11
+VENV ?= .venv
+override VENV := $(abspath $(VENV))
+export PATH := $(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The mark names the checkout that the environment serves, and what it was made from.
+MARK := $(VENV)/srl_pose.installed
+WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
+
+.PHONY: table test setup lab coco lspet sample publish readme
+
+table: setup
+	@dvc repro
+	@cat outputs/results.md
+	@echo "This table: outputs/results.md, .csv, .png. Executed notebooks, weights, curves and predictions: outputs/rows/"
+
+test: setup
+	nbdev_test --n_workers 2 --timing
+	python -m pytest tests
+
+setup:
+	@[ "$$(cat '$(MARK)' 2>/dev/null)" = '$(WANT)' ] || $(MAKE) --no-print-directory '$(MARK)'
+	@# the lock file records this machine's results: DVC keeps it, git leaves it alone; and the notebook hooks
+	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+		git update-index --skip-worktree dvc.lock; git config include.path ../.gitconfig; fi
+
+.PHONY: $(MARK)
+$(MARK):
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); say which Python >= 3.11: make PYTHON=..." >&2; exit 1; }
+	@[ -x '$(VENV)/bin/python' ] || $(PYTHON) -m venv '$(VENV)' || { rm -rf '$(VENV)'; exit 1; }
+	@rm -f '$@'
+	@echo "Installing the pinned packages into $(VENV) (about 6 GB with torch; a few minutes) ..."
+	@python -m pip install --quiet --constraint constraints.txt setuptools \
+		&& python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' \
+		|| { echo "error: the packages could not be installed into $(VENV): see above. This needs the network (a package" \
+			"index) and about 6 GB of disk. Nothing else was changed; the same command tries again." >&2; exit 1; }
+	@echo '$(WANT)' > '$@'
+
+coco lspet sample: setup
+	@srl-pose select $@ $(if $(DATA),--data '$(DATA)')
+
+lab: setup
+	jupyter lab nbs
+
+publish: setup
+	srl-pose publish
+	$(MAKE) readme
+
+readme: setup
+	@papermill --cwd nbs --no-progress-bar --log-level ERROR nbs/index.ipynb outputs/index.ipynb
+	@jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README \
+		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input \
+		--TagRemovePreprocessor.remove_cell_tags=hide outputs/index.ipynb

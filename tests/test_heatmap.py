@@ -1,0 +1,82 @@
+"""Heatmaps against outputs of the original implementation, and on tensors of other kinds."""
+import numpy as np
+import pytest
+import torch
+
+from srl_pose.coco import keypoints_to_image
+from srl_pose.heatmap import Heatmaps, flip_heatmaps, heatmap_accuracy, heatmap_loss
+
+
+@pytest.fixture(scope='module')
+def golden(external):
+    return np.load(external / 'golden' / 'coco.npz')
+
+
+def sizes(golden):
+    return sorted({tuple(map(int, k.split('|')[0].split('x'))) for k in golden.files if k.endswith('|gt|target')})
+
+
+def test_encode_golden(golden):
+    for h, w in sizes(golden):
+        joints, target, weight = (golden[f'{h}x{w}|gt|{k}'] for k in ('joints', 'target', 'weight'))
+        # the original's weight also says which keypoints are outside: those are labelled, too, and drawn as nothing
+        heatmaps, weights = Heatmaps((w, h)).encode(torch.tensor(joints[..., :2]), torch.tensor((joints[..., :2] != 0).any(-1)))
+        assert np.array_equal(weights.numpy(), weight[..., 0])
+        assert np.array_equal(heatmaps.half().numpy(), target)
+
+
+def test_decode_golden(golden):
+    heatmaps = torch.tensor(golden['decode|hm'].astype(np.float32))
+    h, w = heatmaps.shape[-2:]
+    codec = Heatmaps((4 * w, 4 * h))
+    keypoints, scores = codec.decode(heatmaps)
+    keypoints = keypoints_to_image(keypoints.numpy(), golden['decode|center'], golden['decode|scale'], codec.input_size)
+    assert np.abs(keypoints - golden['decode|preds']).max() <= 1e-3
+    assert np.array_equal(scores.numpy(), golden['decode|maxvals'][..., 0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_decode_keeps_the_peaks_of_other_types(dtype):
+    codec = Heatmaps((96, 128))
+    keypoints = torch.rand(4, 17, 2, generator=torch.Generator().manual_seed(0)) * 60 + 12
+    heatmaps = codec.encode(keypoints, torch.ones(4, 17))[0]
+    assert torch.equal(codec.decode(heatmaps.to(dtype))[0].float(), codec.decode(heatmaps)[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_same_numbers_on_gpu():
+    codec = Heatmaps((192, 256))
+    keypoints, visible = torch.rand(8, 17, 2) * 300 - 40, torch.randint(0, 3, (8, 17))
+    heatmaps, weights = codec.encode(keypoints, visible)
+    on_gpu, gpu_weights = codec.encode(keypoints.cuda(), visible.cuda())
+    assert torch.allclose(on_gpu.cpu(), heatmaps, atol=1e-6) and torch.equal(gpu_weights.cpu(), weights)
+    noise = torch.randn(8, 17, 64, 48)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(codec.decode(noise), codec.decode(noise.cuda())))
+
+
+def test_empty_batch():
+    codec = Heatmaps((96, 64))
+    heatmaps, weights = codec.encode(torch.zeros(0, 17, 2), torch.zeros(0, 17))
+    assert heatmaps.shape == (0, 17, 16, 24) and weights.shape == (0, 17)
+
+
+@pytest.mark.parametrize('keypoint, expected', [((-28., 20), 1), ((-30.1, 20), 1), ((-34., 20), 0), ((117., 20), 1), ((119., 20), 0), ((40., -34.), 0)])
+def test_weight_at_the_border(keypoint, expected):
+    """The window of sigma 2 reaches 6 cells; left of the map the original counts one cell more (-7: nothing drawn, weight 1)."""
+    _, weights = Heatmaps((96, 64)).encode(torch.tensor([[keypoint]]), torch.ones(1, 1))
+    assert weights.item() == expected
+
+
+def test_loss_ignores_weightless_keypoints_and_gradients_flow():
+    pred, target = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5)
+    weights = torch.tensor([[1., 0, 1], [0, 0, 0]])
+    heatmap_loss(pred, target, weights).backward()
+    assert torch.equal((pred.grad.abs().sum((-1, -2)) > 0).float(), weights)
+    assert 0 <= heatmap_accuracy(pred, target, weights) <= 1
+
+
+def test_flip_does_not_touch_its_input():
+    heatmaps = torch.randn(1, 4, 3, 5)
+    before = heatmaps.clone()
+    flip_heatmaps(heatmaps, ((0, 1), (2, 3))).zero_()
+    assert torch.equal(heatmaps, before)

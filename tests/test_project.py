@@ -1,0 +1,71 @@
+"""The project keeps its promises: notebooks clean and exported, stages thin, one notebook per module."""
+import configparser
+import filecmp
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import papermill
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = sorted((ROOT / 'nbs' / 'stages').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+
+
+def test_notebooks_are_clean_and_exported(tmp_path):
+    """`nbdev_clean` and `nbdev_export` into an empty package give exactly the committed files, so none is stale."""
+    shutil.copy(ROOT / 'settings.ini', tmp_path)
+    shutil.copytree(ROOT / 'nbs', tmp_path / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    (tmp_path / 'srl_pose').mkdir()
+    for command in ('nbdev_clean', 'nbdev_export'):
+        subprocess.run([command], cwd=tmp_path, check=True)
+    for folder, pattern in (('nbs', '**/*.ipynb'), ('srl_pose', '*.py')):
+        names = lambda root: {str(p.relative_to(root)) for p in (root / folder).glob(pattern)
+                              if '.ipynb_checkpoints' not in p.parts}
+        assert names(tmp_path) == names(ROOT), 'a module without a notebook, or a notebook that was not exported'
+        _, different, errors = filecmp.cmpfiles(tmp_path, ROOT, names(ROOT), shallow=False)
+        assert not different + errors, 'run nbdev_clean and nbdev_export'
+
+
+@pytest.mark.parametrize('path', STAGES, ids=lambda p: p.stem)
+def test_stage_notebooks_are_thin(path):
+    """They define nothing, and papermill finds the parameters that dvc.yaml passes."""
+    cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    assert not any(line.startswith(('def ', 'class ')) for c in cells for line in c['source'])
+    assert list(papermill.inspect_notebook(str(path))) == ([] if path.stem == 'table' else ['row'])
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS + STAGES, ids=lambda p: p.stem)
+def test_notebooks_hold_no_noise(path):
+    """Outputs are small, without errors, warnings or paths of one machine."""
+    cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    outputs = [o for c in cells for o in c['outputs']]
+    assert len(json.dumps(outputs)) < 800_000
+    assert not any(o['output_type'] == 'error' or o.get('name') == 'stderr' for o in outputs)
+    assert str(Path.home()) + '/' not in json.dumps(outputs)
+    assert not any('eval: false' in ''.join(c['source']) for c in cells)
+
+
+def test_index_names_every_notebook():
+    text = (ROOT / 'nbs' / 'index.ipynb').read_text()
+    assert [p.name for p in NOTEBOOKS if p.name != 'index.ipynb' and p.name not in text] == []
+
+
+def test_readme_is_the_index():
+    """README.md is `make readme` of nbs/index.ipynb: every Markdown cell stands in it."""
+    readme = (ROOT / 'README.md').read_text()
+    for cell in json.loads((ROOT / 'nbs' / 'index.ipynb').read_text())['cells']:
+        if cell['cell_type'] == 'markdown':
+            assert ''.join(cell['source']).replace('](../', '](') in readme, 'run make readme'
+
+
+def test_versions_are_pinned_and_agree():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / 'settings.ini')
+    import srl_pose
+
+    assert srl_pose.__version__ == settings['DEFAULT']['version']
+    lines = (ROOT / 'constraints.txt').read_text().split()
+    assert all('==' in line for line in lines) and any(line.startswith('torch==') for line in lines)
