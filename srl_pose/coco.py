@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from .heatmap import check_input_size, flip_order
+from .heatmap import flip_order
+from .pose_net import check_input_size
 
 # %% ../nbs/04_coco.ipynb #63b2885a
-cv2.setNumThreads(0)  # one core per loader process: OpenCV's own threads would compete with the workers, and do not survive a fork
+cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loader's workers, and do not survive a fork
 
 
 def project_root(
@@ -31,35 +32,42 @@ def project_root(
     "The nearest folder upwards that holds settings.ini; notebooks, papermill and DVC all run in different folders"
     start = Path(start or '.').resolve()
     for folder in (start, *start.parents):
-        if (folder / 'settings.ini').is_file(): return folder
+        if (folder / 'settings.ini').is_file():
+            return folder
     raise FileNotFoundError(f'settings.ini: not found in {start} or above; run inside the project')
 
 # %% ../nbs/04_coco.ipynb #7a9da682
 @dataclass(frozen=True)
 class KeypointSet:
-    "What a data set calls its keypoints; `flip_pairs` and `skeleton` are given by name or index and stored as index pairs"
+    "A data set's keypoints; `flip_pairs` and `skeleton` are given by name or index and stored as index pairs"
     names: tuple[str, ...]  # in annotation order
     flip_pairs: tuple[tuple, ...]  # (left, right) keypoints that a mirror exchanges
     skeleton: tuple[tuple, ...]  # keypoints joined by a limb
     sigmas: tuple[float, ...]  # OKS tolerance of each keypoint, in units of the square root of the person's area
 
     def __post_init__(self):
-        if len(set(self.names)) != len(self.names): raise ValueError(f'names: a keypoint occurs twice in {self.names}')
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f'names: a keypoint occurs twice in {self.names}')
         if len(self.sigmas) != len(self):
             raise ValueError(f'sigmas: {len(self.sigmas)} numbers for {len(self)} keypoints; give one each')
-        if not all(s > 0 for s in self.sigmas): raise ValueError(f'sigmas: all must be positive, got {self.sigmas}')
+        if not all(s > 0 for s in self.sigmas):
+            raise ValueError(f'sigmas: all must be positive, got {self.sigmas}')
         for field in 'flip_pairs', 'skeleton':
             object.__setattr__(self, field, tuple(self._indices(field, pair) for pair in getattr(self, field)))
         flipped = [i for pair in self.flip_pairs for i in pair]
-        if len(set(flipped)) != len(flipped): raise ValueError(f'flip_pairs: a keypoint occurs twice in {self.flip_pairs}')
+        if len(set(flipped)) != len(flipped):
+            raise ValueError(f'flip_pairs: a keypoint occurs twice in {self.flip_pairs}')
 
     def _indices(self, field, pair):
-        if len(pair) != 2: raise ValueError(f'{field}: {pair!r} is not a pair')
+        if len(pair) != 2:
+            raise ValueError(f'{field}: {pair!r} is not a pair')
         unknown = [k for k in pair if k not in self.names and k not in range(len(self))]
-        if unknown: raise ValueError(f'{field}: unknown keypoint {unknown[0]!r}; known are {", ".join(self.names)}')
+        if unknown:
+            raise ValueError(f'{field}: unknown keypoint {unknown[0]!r}; known are {", ".join(self.names)}')
         return tuple(self.names.index(k) if k in self.names else int(k) for k in pair)
 
-    def __len__(self): return len(self.names)
+    def __len__(self):
+        return len(self.names)
 
 # %% ../nbs/04_coco.ipynb #0dfa3902
 def _coco_keypoints():
@@ -67,9 +75,10 @@ def _coco_keypoints():
     parts = [p for p in sigmas if p != 'nose']
     pairs = tuple((f'left_{p}', f'right_{p}') for p in parts)
     names = ('nose', *(name for pair in pairs for name in pair))
-    limbs = ('ankle knee', 'knee hip', 'hip shoulder', 'shoulder elbow', 'elbow wrist', 'nose eye', 'eye ear', 'ear shoulder')
-    one_sided = lambda side, part: part if part == 'nose' else f'{side}_{part}'
-    skeleton = tuple(tuple(one_sided(side, part) for part in limb.split()) for limb in limbs for side in ('left', 'right'))
+    limbs = ('ankle knee', 'knee hip', 'hip shoulder', 'shoulder elbow', 'elbow wrist',
+             'nose eye', 'eye ear', 'ear shoulder')
+    skeleton = tuple(tuple(part if part == 'nose' else f'{side}_{part}' for part in limb.split())
+                     for limb in limbs for side in ('left', 'right'))
     across = tuple((f'left_{p}', f'right_{p}') for p in ('eye', 'shoulder', 'hip'))
     return KeypointSet(names, pairs, skeleton + across, tuple(sigmas[n.split('_')[-1]] for n in names))
 
@@ -140,29 +149,43 @@ class DataError(ValueError):
 
 def read_json(file: str | Path):
     "Contents of a JSON file; `DataError` if it is missing, unreadable or not JSON"
-    try: return json.loads(Path(file).read_bytes())
-    except FileNotFoundError: raise DataError(f'{file}: no such file') from None
-    except OSError as e: raise DataError(f'{file}: cannot be read ({e.strerror})') from None
-    except (ValueError, RecursionError) as e: raise DataError(f'{file}: is not JSON ({e})') from None
+    try:
+        return json.loads(Path(file).read_bytes())
+    except FileNotFoundError:
+        raise DataError(f'{file}: no such file') from None
+    except OSError as e:
+        raise DataError(f'{file}: cannot be read ({e.strerror})') from None
+    except (ValueError, RecursionError) as e:
+        raise DataError(f'{file}: is not JSON ({e})') from None
 
 
 def _column(file, section, entries, field, length=None, *, integer=False):
-    "Field of all entries as an array (N,) or (N, length) of sane numbers; `DataError` naming the first entry that does not fit"
-    def fits(column): return (column.dtype.kind in ('iu' if integer else 'iuf') and (integer or (np.abs(column) < 1e10).all())
-                              and column.shape[1:] == (() if length is None else (length,)))
-    if not entries: return np.zeros((0,) if length is None else (0, length), int if integer else float)
+    "Field of all entries, an array (N,) or (N, length) of sane numbers; `DataError` naming the first that does not fit"
+    def fits(column):
+        numbers = column.dtype.kind in ('iu' if integer else 'iuf') and (integer or (np.abs(column) < 1e10).all())
+        return numbers and column.shape[1:] == (() if length is None else (length,))
+
+    if not entries:
+        return np.zeros((0,) if length is None else (0, length), int if integer else float)
     try:
         column = np.array([entry[field] for entry in entries])
-        if fits(column): return column
-    except (KeyError, TypeError, ValueError): pass
+        if fits(column):
+            return column
+    except (KeyError, TypeError, ValueError):
+        pass
     what = 'a whole number' if integer else f'{length or 1} finite number{"s" * (length is not None)}, none beyond 1e10'
     for i, entry in enumerate(entries):
         name = f'{file}: {section}[{i}]'
-        if not isinstance(entry, dict): raise DataError(f'{name} is {str(entry)[:40]!r}, not an object')
-        if field not in entry: raise DataError(f'{name} has no {field!r}')
-        try: good = fits(np.array([entry[field]]))
-        except ValueError: good = False
-        if not good: raise DataError(f'{name}.{field} must be {what}, is {repr(entry[field])[:60]}')
+        if not isinstance(entry, dict):
+            raise DataError(f'{name} is {str(entry)[:40]!r}, not an object')
+        if field not in entry:
+            raise DataError(f'{name} has no {field!r}')
+        try:
+            good = fits(np.array([entry[field]]))
+        except ValueError:
+            good = False
+        if not good:
+            raise DataError(f'{name}.{field} must be {what}, is {repr(entry[field])[:60]}')
     raise DataError(f'{file}: {section}: {field} must be {what} in every entry')
 
 
@@ -175,7 +198,8 @@ def _require(good, file, section, field, column, must):
 # %% ../nbs/04_coco.ipynb #fb1095b3
 def _is_below(name):
     "Does a relative path stay below the folder it is relative to?"
-    if not isinstance(name, str) or not name or '\0' in name or os.path.isabs(name): return False
+    if not isinstance(name, str) or not name or '\0' in name or os.path.isabs(name):
+        return False
     return os.path.normpath(name).split(os.sep)[0] not in ('.', '..')
 
 
@@ -192,9 +216,11 @@ def read_annotations(
 ) -> dict:  # the file's contents; iscrowd and num_keypoints filled in where absent
     "A COCO keypoint file, checked; `DataError` naming the first field that is missing or makes no sense"
     data = read_json(file)
-    if not isinstance(data, dict): raise DataError(f'{file}: must be an object with images, annotations and categories')
+    if not isinstance(data, dict):
+        raise DataError(f'{file}: must be an object with images, annotations and categories')
     for key in ('images', 'annotations', 'categories'):
-        if not isinstance(data.get(key), list): raise DataError(f'{file}: needs a list {key!r}')
+        if not isinstance(data.get(key), list):
+            raise DataError(f'{file}: needs a list {key!r}')
     images, annotations, categories = data['images'], data['annotations'], data['categories']
 
     ids = _column(file, 'images', images, 'id', integer=True)
@@ -203,12 +229,15 @@ def read_annotations(
         column = _column(file, 'images', images, field, integer=True)
         _require(column > 0, file, 'images', field, column, 'must be positive')
     for i, image in enumerate(images):
-        if 'file_name' not in image: raise DataError(f"{file}: images[{i}] has no 'file_name'")
+        if 'file_name' not in image:
+            raise DataError(f"{file}: images[{i}] has no 'file_name'")
         if not _is_below(image['file_name']):
-            raise DataError(f"{file}: images[{i}].file_name {image['file_name']!r} must be a path below the image folder")
+            name = image['file_name']
+            raise DataError(f'{file}: images[{i}].file_name {name!r} must be a path below the image folder')
 
     numbers = _column(file, 'categories', categories, 'id', integer=True)
-    if 1 not in numbers: raise DataError(f'{file}: categories has no id 1 (person)')
+    if 1 not in numbers:
+        raise DataError(f'{file}: categories has no id 1 (person)')
     names = categories[numbers.tolist().index(1)].get('keypoints', list(keypoint_set.names))
     if names != list(keypoint_set.names):
         raise DataError(f'{file}: categories: keypoints are {names}, expected {list(keypoint_set.names)}')
@@ -234,23 +263,28 @@ def read_detections(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # image_id (N,), boxes (N, 4), scores (N,)
     "Person detections in the order of the file; `DataError` naming the first field that is missing or makes no sense"
     data = read_json(file)
-    if not isinstance(data, list): raise DataError(f'{file}: must be a list of detections')
+    if not isinstance(data, list):
+        raise DataError(f'{file}: must be a list of detections')
     category, owner = (_column(file, 'detections', data, f, integer=True) for f in ('category_id', 'image_id'))
     boxes, scores = _column(file, 'detections', data, 'bbox', 4), _column(file, 'detections', data, 'score')
     _require(np.isin(owner, image_ids), file, 'detections', 'image_id', owner, 'must be the id of an annotated image')
     good = (boxes[:, 2:] >= 0).all(1) & (boxes[:, 2:] > 0).any(1)
     _require(good, file, 'detections', 'bbox', boxes, 'must have a positive size')
     person = category == 1
-    if not person.any(): raise DataError(f'{file}: no detection has category_id 1 (person)')
+    if not person.any():
+        raise DataError(f'{file}: no detection has category_id 1 (person)')
     return owner[person], boxes[person].astype(np.float64), scores[person].astype(np.float64)
 
 # %% ../nbs/04_coco.ipynb #18af962d
 def _check_complete(file, head, tail):
     "`DataError` unless the file starts and ends like a JPEG or decodes completely"
-    if not head: raise DataError(f'{file}: image is empty')
-    if head == b'\xff\xd8' and tail == b'\xff\xd9': return
+    if not head:
+        raise DataError(f'{file}: image is empty')
+    if head == b'\xff\xd8' and tail == b'\xff\xd9':
+        return
     try:
-        with Image.open(file) as image: image.load()
+        with Image.open(file) as image:
+            image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise DataError(f'{file}: image is truncated or unreadable ({e})') from None
 
@@ -262,19 +296,26 @@ def check_image(file: str | Path) -> None:
             head = f.read(2)
             f.seek(-min(2, len(head)), os.SEEK_END)
             tail = f.read(2)
-    except FileNotFoundError: raise DataError(f'{file}: image is missing') from None
-    except OSError as e: raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
+    except FileNotFoundError:
+        raise DataError(f'{file}: image is missing') from None
+    except OSError as e:
+        raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
     _check_complete(file, head, tail)
 
 
 def read_image(file: str | Path) -> np.ndarray:  # (H, W, 3) uint8, OpenCV's BGR
     "A whole image, its orientation tag ignored as in the original; `DataError` naming a file that does not decode"
-    try: data = Path(file).read_bytes()
-    except OSError as e: raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
+    try:
+        data = Path(file).read_bytes()
+    except OSError as e:
+        raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
     _check_complete(file, data[:2], data[-2:])
-    try: image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error: image = None
-    if image is None: raise DataError(f'{file}: image cannot be decoded')
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise DataError(f'{file}: image cannot be decoded')
     return image
 
 # %% ../nbs/04_coco.ipynb #0030a29a
@@ -288,10 +329,13 @@ class Augmentation:
     flip_probability: float = 0.5
 
     def __post_init__(self):
-        if not 0 <= self.scale < 1: raise ValueError(f'scale: {self.scale!r} must be at least 0 and below 1')
-        if not 0 <= self.rotation <= 90: raise ValueError(f'rotation: {self.rotation!r} must be 0 to 90 degrees')
+        if not 0 <= self.scale < 1:
+            raise ValueError(f'scale: {self.scale!r} must be at least 0 and below 1')
+        if not 0 <= self.rotation <= 90:
+            raise ValueError(f'rotation: {self.rotation!r} must be 0 to 90 degrees')
         for name in ('rotation_probability', 'flip_probability'):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f'{name}: {getattr(self, name)!r} must be 0 to 1')
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'{name}: {getattr(self, name)!r} must be 0 to 1')
 
     def draw(
         self,
@@ -301,11 +345,12 @@ class Augmentation:
         (size, angle), (turn, flip) = rng.standard_normal(2), rng.random(2)
         factor = np.clip(size * self.scale + 1, 1 - self.scale, 1 + self.scale)
         angle = np.clip(angle * self.rotation, -2 * self.rotation, 2 * self.rotation)
-        return float(factor), float(angle) if turn < self.rotation_probability else 0., bool(flip < self.flip_probability)
+        turned = turn < self.rotation_probability
+        return float(factor), float(angle) if turned else 0., bool(flip < self.flip_probability)
 
 # %% ../nbs/04_coco.ipynb #f7010626
 class CocoPersons(Dataset):
-    "Person crops of a COCO data set; an item is a dict of tensors `image` (3, H, W) uint8 RGB, `keypoints` (K, 2), `visible` (K,), `index`"
+    "Person crops; an item holds tensors `image` (3, H, W) uint8 RGB, `keypoints` (K, 2), `visible` (K,) and `index`"
 
     def __init__(
         self,
@@ -321,18 +366,25 @@ class CocoPersons(Dataset):
     ):
         self.root, self.split, self.boxes, self.keypoint_set = Path(root), split, boxes, keypoint_set
         self.input_size, self.augmentation, self.seed = check_input_size(input_size), augmentation, seed
-        if not isinstance(seed, int) or seed < 0: raise ValueError(f'seed: {seed!r} must be a whole number, 0 or more')
-        if augmentation and boxes != 'gt': raise ValueError(f'augmentation: only with annotated boxes, but boxes is {boxes!r}')
-        if not self.root.is_dir(): raise DataError(f'{root}: no such data root')
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f'seed: {seed!r} must be a whole number, 0 or more')
+        if augmentation and boxes != 'gt':
+            raise ValueError(f'augmentation: only with annotated boxes, but boxes is {boxes!r}')
+        if not self.root.is_dir():
+            raise DataError(f'{root}: no such data root')
         for name, path in (('split', split), ('boxes', boxes)):
-            if not _is_below(path): raise DataError(f'{name}: {path!r} must be a name below the data root {root}')
+            if not _is_below(path):
+                raise DataError(f'{name}: {path!r} must be a name below the data root {root}')
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._order = flip_order(keypoint_set.flip_pairs, len(keypoint_set))
         self._load()
-        if check_images: self.check_images()
+        if check_images:
+            self.check_images()
 
     @property
-    def annotation_file(self) -> Path: return self.root / 'annotations' / f'person_keypoints_{self.split}.json'
+    def annotation_file(self) -> Path:
+        "Where the persons of the split are annotated"
+        return self.root / 'annotations' / f'person_keypoints_{self.split}.json'
 
     def _load(self):
         "Fill the arrays, one row per person; persons in the order of the images, or of the detector file"
@@ -349,7 +401,8 @@ class CocoPersons(Dataset):
             which = np.array([row[a['image_id']] for a in usable], int)
             boxes = clip_boxes(np.array([a['bbox'] for a in usable], np.float64).reshape(-1, 4), sizes[which])
             keep = (keypoints[..., 2] > 0).any(-1) & (boxes[:, 2:] >= 0).all(1) & (boxes[:, 2:] > 0).any(1)
-            if not keep.any(): raise DataError(f'{file}: annotations: no person has a box and labelled keypoints')
+            if not keep.any():
+                raise DataError(f'{file}: annotations: no person has a box and labelled keypoints')
             boxes, which, keypoints, self.score = boxes[keep], which[keep], keypoints[keep], np.ones(keep.sum())
         else:
             image_ids, boxes, self.score = read_detections(self.root / self.boxes, ids)
@@ -363,7 +416,8 @@ class CocoPersons(Dataset):
         used, self._image = np.unique(which, return_inverse=True)
         self._names, self._sizes = np.array([images[i]['file_name'] for i in used]), sizes[used]
 
-    def __len__(self): return len(self.center)
+    def __len__(self):
+        return len(self.center)
 
     def image_file(self, index: int) -> Path:
         "The image that holds person `index`"
@@ -372,8 +426,10 @@ class CocoPersons(Dataset):
     def check_images(self) -> None:
         "`DataError` for the first image that is missing, empty or truncated"
         folder = self.root / 'images' / self.split
-        if not folder.is_dir(): raise DataError(f'{folder}: no such image folder')
-        for name in self._names: check_image(f'{folder}/{name}')
+        if not folder.is_dir():
+            raise DataError(f'{folder}: no such image folder')
+        for name in self._names:
+            check_image(f'{folder}/{name}')
 
     def set_epoch(self, epoch: int) -> None:
         "Choose the augmentations of an epoch, also in workers that are already running"
@@ -384,7 +440,8 @@ class CocoPersons(Dataset):
         file, (w, h) = self.image_file(index), self._sizes[self._image[index]]
         image = read_image(file)
         if image.shape[:2] != (h, w):
-            raise DataError(f'{file}: image is {image.shape[1]}x{image.shape[0]}, width and height in {self.annotation_file} say {w}x{h}')
+            found = f'{image.shape[1]}x{image.shape[0]}'
+            raise DataError(f'{file}: image is {found}, width and height in {self.annotation_file} say {w}x{h}')
         return image
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -395,15 +452,18 @@ class CocoPersons(Dataset):
             rng = np.random.default_rng((self.seed, int(self._epoch), index))
             factor, angle, flip = self.augmentation.draw(rng)
             scale = scale * factor
-        if flip: center = np.array([image.shape[1] - 1 - center[0], center[1]])
+        if flip:
+            center = np.array([image.shape[1] - 1 - center[0], center[1]])
         matrix = crop_matrix(center, scale, self.input_size, angle)
-        if flip: matrix = matrix @ np.array([[-1, 0, image.shape[1] - 1], [0, 1, 0], [0, 0, 1.]])
+        if flip:
+            matrix = matrix @ np.array([[-1, 0, image.shape[1] - 1], [0, 1, 0], [0, 0, 1.]])
         keypoints = apply_matrix(matrix, self.keypoints[index])
-        if flip: keypoints, visible = keypoints[self._order], visible[self._order]
+        if flip:
+            keypoints, visible = keypoints[self._order], visible[self._order]
         keypoints = np.where(visible[:, None] > 0, keypoints, 0).astype(np.float32)
         crop = cv2.warpAffine(image, matrix, self.input_size, flags=cv2.INTER_LINEAR)
-        return dict(image=torch.from_numpy(crop[..., ::-1].transpose(2, 0, 1).copy()), keypoints=torch.from_numpy(keypoints),
-                    visible=torch.from_numpy(visible.copy()), index=torch.tensor(index))
+        arrays = dict(image=crop[..., ::-1].transpose(2, 0, 1).copy(), keypoints=keypoints, visible=visible.copy())
+        return {name: torch.from_numpy(array) for name, array in arrays.items()} | dict(index=torch.tensor(index))
 
 # %% ../nbs/04_coco.ipynb #77b5495f
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from torchvision.utils import draw_keypoints
 
 from .coco import COCO_KEYPOINTS, CocoPersons, KeypointSet, keypoints_to_image, normalize, read_annotations
 from .heatmap import Heatmaps, flip_heatmaps
@@ -54,26 +54,35 @@ def predict(
 ) -> tuple[np.ndarray, np.ndarray]:  # keypoints (N, K, 2) in image pixels and their confidences (N, K), float32
     "Keypoints of all persons of a data set; `ValueError` if the model's maps do not fit the data set"
     chosen = np.arange(len(dataset)) if persons is None else np.asarray(persons, int)
-    if not len(chosen): raise ValueError('dataset: there are no persons to predict')
-    if dataset.augmentation: raise ValueError('dataset: has an augmentation; predictions need upright crops')
+    if not len(chosen):
+        raise ValueError('dataset: there are no persons to predict')
+    if dataset.augmentation:
+        raise ValueError('dataset: has an augmentation; predictions need upright crops')
     heatmaps, pairs = Heatmaps(dataset.input_size), dataset.keypoint_set.flip_pairs
-    if device is not None: model.to(device)
+    if device is not None:
+        model.to(device)
     device = next((p.device for p in model.parameters()), torch.device(device or 'cpu'))
-    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size=batch_size, num_workers=workers, pin_memory=device.type == 'cuda')
+    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size=batch_size, num_workers=workers,
+                        pin_memory=device.type == 'cuda')
     found, training = [], model.training
     model.eval()
     try:
         with torch.inference_mode():
             for batch in loader:
-                images = normalize(batch['image'].to(device, non_blocking=True), bgr=bgr).to(memory_format=torch.channels_last)
+                images = normalize(batch['image'].to(device, non_blocking=True), bgr=bgr)
+                images = images.to(memory_format=torch.channels_last)
                 maps = model(images)
                 expected = (len(images), len(dataset.keypoint_set), *heatmaps.size[::-1])
-                if maps.shape != expected: raise ValueError(f'model: gives {tuple(maps.shape)}, the data set needs {expected}')
-                if flip_test: maps = (maps + flip_heatmaps(model(images.flip(-1)), pairs)) / 2
+                if maps.shape != expected:
+                    raise ValueError(f'model: gives {tuple(maps.shape)}, the data set needs {expected}')
+                if flip_test:
+                    maps = (maps + flip_heatmaps(model(images.flip(-1)), pairs)) / 2
                 found.append([x.float().cpu().numpy() for x in heatmaps.decode(maps)])
-    finally: model.train(training)
+    finally:
+        model.train(training)
     keypoints, scores = map(np.concatenate, zip(*found))
-    if not np.isfinite(scores).all(): raise ValueError('model: gives heatmaps that are not finite; training has diverged')
+    if not np.isfinite(scores).all():
+        raise ValueError('model: gives heatmaps that are not finite')
     return keypoints_to_image(keypoints, dataset.center[chosen], dataset.scale[chosen], dataset.input_size), scores
 
 # %% ../nbs/06_evaluate.ipynb #3c901fa3
@@ -103,7 +112,8 @@ def oks_nms(
     duplicate = oks(keypoints, keypoints, areas, areas, sigmas) > threshold
     keep = np.ones(len(order), bool)
     for i in range(len(order)):
-        if keep[i]: keep[i + 1:] &= ~duplicate[i, i + 1:]
+        if keep[i]:
+            keep[i + 1:] &= ~duplicate[i, i + 1:]
     return order[keep]
 
 # %% ../nbs/06_evaluate.ipynb #76fbad30
@@ -121,16 +131,20 @@ def coco_results(
     "Rescored, de-duplicated persons in COCO's results format, image by image"
     image_ids, keypoints, scores = np.asarray(image_ids), np.asarray(keypoints), np.asarray(scores)
     shapes = keypoints.shape[:2], scores.shape, *((n, len(sigmas)) for n in map(len, (image_ids, box_scores, areas)))
-    if len(set(shapes)) > 1: raise ValueError(f'image_ids, keypoints, scores, box_scores, areas: sizes differ, {shapes}')
-    if not (np.isfinite(keypoints).all() and np.isfinite(scores).all()): raise ValueError('keypoints, scores: must be finite')
+    if len(set(shapes)) > 1:
+        raise ValueError(f'keypoints, scores, image_ids, box_scores, areas: sizes differ, {shapes}')
+    if not (np.isfinite(keypoints).all() and np.isfinite(scores).all()):
+        raise ValueError('keypoints, scores: must be finite')
     total, areas = rescore(box_scores, scores, threshold=confidence_threshold), np.asarray(areas)
     triples = np.concatenate([keypoints, scores[..., None]], -1).reshape(len(scores), 3 * len(sigmas)).astype(float)
     _, first, image = np.unique(image_ids, return_index=True, return_inverse=True)
     order = np.argsort(first[image], kind='stable')  # persons of an image together, images by first appearance
     results = []
     for members in np.split(order, np.flatnonzero(np.diff(first[image][order])) + 1) if len(order) else []:
-        for i in members[oks_nms(keypoints[members], areas[members], total[members], sigmas=sigmas, threshold=nms_threshold)]:
-            results.append(dict(image_id=int(image_ids[i]), category_id=1, keypoints=triples[i].tolist(), score=float(total[i])))
+        kept = oks_nms(keypoints[members], areas[members], total[members], sigmas=sigmas, threshold=nms_threshold)
+        for i in members[kept].tolist():
+            entry = dict(image_id=int(image_ids[i]), category_id=1, keypoints=triples[i].tolist())
+            results.append(entry | dict(score=float(total[i])))
     return results
 
 # %% ../nbs/06_evaluate.ipynb #5a238a8c
@@ -145,7 +159,8 @@ def save_results(
     try:
         partial.write_text(text)
         os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
 
 # %% ../nbs/06_evaluate.ipynb #da550aae
 METRICS = ('AP', 'AP50', 'AP75', 'APM', 'APL', 'AR', 'AR50', 'AR75', 'ARM', 'ARL')  # in the order of COCOeval
@@ -160,14 +175,17 @@ def run_cocoeval(
     "COCO's own evaluation, quietly; `ValueError` if a result belongs to no image of the annotation file"
     data = read_annotations(annotation_file, keypoint_set)
     unknown = {r['image_id'] for r in results} - {image['id'] for image in data['images']}
-    if unknown: raise ValueError(f'results: image_id {min(unknown)} is no image of {annotation_file}')
+    if unknown:
+        raise ValueError(f'results: image_id {min(unknown)} is no image of {annotation_file}')
     with contextlib.redirect_stdout(io.StringIO()):
         truth, found = COCO(), COCO()
         truth.dataset = data
         truth.createIndex()
         found.dataset = dict(images=data['images'], categories=data['categories'], annotations=[])
-        if results: found = truth.loadRes([dict(r) for r in results])  # loadRes writes into its entries
-        else: found.createIndex()
+        if results:
+            found = truth.loadRes([dict(r) for r in results])  # loadRes writes into its entries
+        else:
+            found.createIndex()
         evaluation = COCOeval(truth, found, 'keypoints')
         evaluation.params.catIds, evaluation.params.kpt_oks_sigmas = [1], np.array(keypoint_set.sigmas)
         evaluation.evaluate()
@@ -176,9 +194,15 @@ def run_cocoeval(
     return evaluation
 
 
-def evaluate_results(annotation_file: str | Path, results: list[dict], *, keypoint_set: KeypointSet = COCO_KEYPOINTS) -> dict[str, float]:
+def evaluate_results(
+    annotation_file: str | Path,
+    results: list[dict],  # of `coco_results`; may be empty
+    *,
+    keypoint_set: KeypointSet = COCO_KEYPOINTS,
+) -> dict[str, float]:
     "COCO's ten numbers by name; all 0 without results (-1 where there is nothing to find)"
-    return dict(zip(METRICS, run_cocoeval(annotation_file, results, keypoint_set=keypoint_set).stats.tolist()))
+    evaluation = run_cocoeval(annotation_file, results, keypoint_set=keypoint_set)
+    return dict(zip(METRICS, evaluation.stats.tolist()))
 
 # %% ../nbs/06_evaluate.ipynb #1fbcdb49
 @dataclass(frozen=True)
@@ -205,15 +229,18 @@ def evaluate(
 ) -> Evaluation:
     "Predict, rescore, remove duplicates and run COCOeval"
     for name, value in (('confidence_threshold', confidence_threshold), ('nms_threshold', nms_threshold)):
-        if not 0 <= value <= 1: raise ValueError(f'{name}: {value!r} must be 0 to 1')
-    keypoints, scores = predict(model, dataset, flip_test=flip_test, batch_size=batch_size, device=device, workers=workers, bgr=bgr)
+        if not 0 <= value <= 1:
+            raise ValueError(f'{name}: {value!r} must be 0 to 1')
+    keypoints, scores = predict(model, dataset, flip_test=flip_test, batch_size=batch_size, device=device,
+                                workers=workers, bgr=bgr)
     points = dataset.keypoint_set
     results = coco_results(dataset.image_id, keypoints, scores, dataset.score, dataset.area, sigmas=points.sigmas,
                            confidence_threshold=confidence_threshold, nms_threshold=nms_threshold)
     settings = dict(
         split=dataset.split, boxes='gt' if dataset.boxes == 'gt' else 'detector',
-        box_file=str((dataset.annotation_file if dataset.boxes == 'gt' else dataset.root / dataset.boxes).relative_to(dataset.root)),
-        persons=len(dataset), images=len(np.unique(dataset.image_id)), results=len(results), input_size=list(dataset.input_size),
+        box_file=f'annotations/{dataset.annotation_file.name}' if dataset.boxes == 'gt' else dataset.boxes,
+        persons=len(dataset), images=len(np.unique(dataset.image_id)), results=len(results),
+        input_size=list(dataset.input_size),
         flip_test=flip_test, flip_shift=flip_test, decoder=Heatmaps.decoder,
         confidence_threshold=confidence_threshold, nms_threshold=nms_threshold, color_order='BGR' if bgr else 'RGB')
     metrics = evaluate_results(dataset.annotation_file, results, keypoint_set=points)
@@ -230,13 +257,18 @@ def draw_poses(
     width: int = 2,  # of the limbs, in pixels
 ) -> torch.Tensor:  # (3, H, W) uint8
     "A copy of the image with skeletons: left side blue, right side orange, the rest white"
-    keypoints = torch.as_tensor(np.asarray(keypoints, np.float32))
-    visible = torch.ones(keypoints.shape[:2], dtype=torch.bool) if scores is None else torch.as_tensor(np.asarray(scores)) > threshold
-    side = torch.zeros(len(keypoint_set), dtype=torch.long)  # 0 middle, 1 left, 2 right
-    for left, right in keypoint_set.flip_pairs: side[left], side[right] = 1, 2
-    for which, color in enumerate(('white', '#40a0ff', '#ff9020')):
-        limbs = [(a, b) for a, b in keypoint_set.skeleton if (0 if {1, 2} <= {int(side[a]), int(side[b])} else int(max(side[a], side[b]))) == which]
-        image = draw_keypoints(image, keypoints, limbs or None, colors=color, radius=0, width=width, visibility=visible)
-    for which, color in enumerate(('white', '#40a0ff', '#ff9020')):
-        image = draw_keypoints(image, keypoints, colors=color, radius=width, visibility=visible & (side == which))
-    return image
+    canvas = np.array(image.permute(1, 2, 0).cpu(), order='C')  # a copy, whatever the layout of the image
+    keypoints = np.asarray(keypoints, np.float64)
+    shown = np.ones(keypoints.shape[:2], bool) if scores is None else np.asarray(scores) > threshold
+    white, blue, orange = (255, 255, 255), (64, 160, 255), (255, 144, 32)
+    colors = dict.fromkeys(range(len(keypoint_set)), white)
+    for left, right in keypoint_set.flip_pairs:
+        colors[left], colors[right] = blue, orange
+    for points, drawn in zip(np.rint(keypoints).astype(int).tolist(), shown):
+        for a, b in keypoint_set.skeleton:
+            sides = {colors[a], colors[b]} - {white}  # a limb from left to right is white, too
+            if drawn[a] and drawn[b]:
+                cv2.line(canvas, points[a], points[b], sides.pop() if len(sides) == 1 else white, width, cv2.LINE_AA)
+        for k in np.flatnonzero(drawn):
+            cv2.circle(canvas, points[k], width, colors[int(k)], -1, cv2.LINE_AA)
+    return torch.from_numpy(canvas).permute(2, 0, 1).contiguous()

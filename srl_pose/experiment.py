@@ -21,7 +21,7 @@ from torch import nn
 
 from .coco import Augmentation, CocoPersons, project_root
 from .heatmap import Heatmaps
-from .pose_net import BACKBONES, BLOCKS, PLACES, PoseResNet
+from .pose_net import BACKBONES, BLOCKS, PLACES, PoseResNet, check_choice, check_input_size
 
 # %% ../nbs/08_experiment.ipynb #d99abb9c
 Positive = Annotated[int, Field(gt=0)]
@@ -51,27 +51,24 @@ class ModelParams(Section):
 
     @field_validator('backbone')
     def _known_backbone(cls, value):
-        return _one_of(value, BACKBONES)
+        check_choice('backbone', value, BACKBONES)
+        return value
 
     @field_validator('block')
     def _known_block(cls, value):
-        return value if value is None else _one_of(value, BLOCKS)
+        if value is not None:
+            check_choice('block', value, list(BLOCKS))
+        return value
 
     @field_validator('block_after')
     def _known_place(cls, value):
-        return tuple(_one_of(v, PLACES) for v in value)
+        for place in value:
+            check_choice('block_after', place, PLACES)
+        return value
 
     @field_validator('input_size')
     def _whole_cells(cls, value):
-        if any(v % 32 for v in value):
-            raise ValueError(f'width and height must be multiples of 32, not {value[0]}x{value[1]}')
-        return value
-
-
-def _one_of(value: str, choices) -> str:
-    if value not in choices:
-        raise ValueError(f'{value!r} is not one of {", ".join(choices)}')
-    return value
+        return check_input_size(value)
 
 # %% ../nbs/08_experiment.ipynb #2c6624e9
 class AugmentationParams(Section):

@@ -8,7 +8,7 @@ __all__ = ['BLOCKS', 'BACKBONES', 'PLACES', 'DECONV_CHANNELS', 'check_choice', '
 
 # %% ../nbs/02_pose_net.ipynb #0b133986
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -38,12 +38,13 @@ def check_choice(
 
 # %% ../nbs/02_pose_net.ipynb #77ac97b3
 def check_input_size(
-    input_size: tuple[int, int],  # (w, h) of the image in pixels
-) -> None:
-    "Raise ValueError unless both sides are positive multiples of 32."
-    w, h = input_size
-    if w < 32 or h < 32 or w % 32 or h % 32:
-        raise ValueError(f'input_size={w}x{h} (w x h): both must be positive multiples of 32')
+    input_size: tuple[int, int],  # (w, h) in pixels
+) -> tuple[int, int]:
+    "`input_size` as two ints; `ValueError` unless both are positive multiples of 32, the trunk's stride"
+    size = tuple(input_size) if isinstance(input_size, Iterable) else (input_size,)
+    if len(size) != 2 or any(isinstance(n, bool) or n != int(n) or n <= 0 or n % 32 for n in size):
+        raise ValueError(f'input_size: {input_size!r} must be (w, h), two positive multiples of 32 such as (192, 256)')
+    return int(size[0]), int(size[1])
 
 # %% ../nbs/02_pose_net.ipynb #7723a25f
 def load_trunk(
@@ -58,7 +59,7 @@ def load_trunk(
             state = named[weights].get_state_dict(progress=False, check_hash=True)
         except OSError as error:
             raise ConnectionError(f'weights={weights!r} of {backbone} could not be downloaded from '
-                                  f'{named[weights].url} ({error}): fetch the file elsewhere and give its path') from None
+                                  f'{named[weights].url} ({error}): fetch the file elsewhere, give its path') from None
     elif Path(weights).is_file():
         try:
             state = dict(torch.load(weights, map_location='cpu', weights_only=True))

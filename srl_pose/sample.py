@@ -212,6 +212,8 @@ def make_image(
     seed: int = SEED,
 ) -> tuple[np.ndarray, dict, list, list]:
     "One image: picture (h, w, 3) uint8 RGB, its COCO image record, its annotations and its detections."
+    if split not in SPLITS:
+        raise ValueError(f'split: {split!r} is unknown; choose one of {", ".join(SPLITS)}')
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     scene = random_scene(rng)
     image_id = 100_000 * SPLITS.index(split) + index + 1

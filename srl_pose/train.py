@@ -196,7 +196,7 @@ def fit(
     summary = dict(
         epochs=p.epochs, seconds=seconds, samples_per_second=progress.samples / seconds,
         loss=torch.stack(losses).mean().item(), val_loss=val['loss'], val_accuracy=val['accuracy'],
-        processes=world, device=_device_name(device), torch=torch.__version__,
+        processes=world, device=_device_name(device), torch=str(torch.__version__),
     )
     if live:
         live.end()

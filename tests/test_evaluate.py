@@ -1,5 +1,6 @@
 """Evaluation against outputs of the original implementation, and its errors."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from srl_pose.evaluate import METRICS, coco_results, evaluate, evaluate_results,
 
 @pytest.fixture(scope='module')
 def val():
-    return CocoPersons(project_root(__file__.rsplit('/', 1)[0]) / 'sample', 'val', input_size=(96, 128))
+    return CocoPersons(project_root(Path(__file__).parent) / 'sample', 'val', input_size=(96, 128))
 
 
 class Model(nn.Module):
@@ -31,7 +32,8 @@ def test_golden_numbers(external):
     cases = sorted({k.split('|')[1] for k in golden.files if k.startswith('eval|')})
     assert 'gt' in cases
     for case in cases:
-        preds, boxes, image_id, stats, count = (golden[f'eval|{case}|{k}'] for k in ('preds', 'boxes', 'image_id', 'stats', 'nres'))
+        names = 'preds', 'boxes', 'image_id', 'stats', 'nres'
+        preds, boxes, image_id, stats, count = (golden[f'eval|{case}|{name}'] for name in names)
         results = coco_results(image_id, preds[..., :2], preds[..., 2], boxes[:, 5], boxes[:, 4])
         assert len(results) == count
         file = external / 'data/coco-mini/annotations/person_keypoints_val2017.json'
@@ -62,11 +64,11 @@ def test_truth_scores_one(external, data, split):
 def test_settings_are_stated(val):
     evaluation = evaluate(Model(), val, flip_test=False, confidence_threshold=0.3, nms_threshold=0.8, bgr=True)
     settings = evaluation.settings
-    assert {k: settings[k] for k in ('boxes', 'box_file', 'persons', 'flip_test', 'flip_shift', 'decoder', 'confidence_threshold', 'nms_threshold',
-                                     'color_order', 'input_size')} == dict(
-        boxes='gt', box_file='annotations/person_keypoints_val.json', persons=len(val), flip_test=False, flip_shift=False, decoder='quarter offset',
-        confidence_threshold=0.3, nms_threshold=0.8, color_order='BGR', input_size=[96, 128])
-    assert settings['results'] == len(evaluation.results) and settings['images'] == len(set(val.image_id.tolist()))
+    assert settings == dict(
+        split='val', boxes='gt', box_file='annotations/person_keypoints_val.json', persons=len(val),
+        images=len(set(val.image_id.tolist())), results=len(evaluation.results), input_size=[96, 128],
+        flip_test=False, flip_shift=False, decoder='quarter offset', confidence_threshold=0.3, nms_threshold=0.8,
+        color_order='BGR')
     json.dumps([settings, evaluation.metrics, evaluation.results], allow_nan=False)
 
 
@@ -81,9 +83,9 @@ def test_each_option_changes_something(val):
         assert np.allclose(again[1], scores, atol=1e-5)
 
 
-@pytest.mark.parametrize('model, message', [(Model(stride=8), 'the data set needs'), (Model(keypoints=16), 'the data set needs')])
-def test_wrong_models(val, model, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize('model', [Model(stride=8), Model(keypoints=16)])
+def test_wrong_models(val, model):
+    with pytest.raises(ValueError, match='the data set needs'):
         evaluate(model, val)
     assert model.training  # as it was
 

@@ -19,8 +19,8 @@ def sizes(golden):
 def test_encode_golden(golden):
     for h, w in sizes(golden):
         joints, target, weight = (golden[f'{h}x{w}|gt|{k}'] for k in ('joints', 'target', 'weight'))
-        # the original's weight also says which keypoints are outside: those are labelled, too, and drawn as nothing
-        heatmaps, weights = Heatmaps((w, h)).encode(torch.tensor(joints[..., :2]), torch.tensor((joints[..., :2] != 0).any(-1)))
+        keypoints = torch.tensor(joints[..., :2])
+        heatmaps, weights = Heatmaps((w, h)).encode(keypoints, (keypoints != 0).any(-1))
         assert np.array_equal(weights.numpy(), weight[..., 0])
         assert np.array_equal(heatmaps.half().numpy(), target)
 
@@ -60,9 +60,10 @@ def test_empty_batch():
     assert heatmaps.shape == (0, 17, 16, 24) and weights.shape == (0, 17)
 
 
-@pytest.mark.parametrize('keypoint, expected', [((-28., 20), 1), ((-30.1, 20), 1), ((-34., 20), 0), ((117., 20), 1), ((119., 20), 0), ((40., -34.), 0)])
+@pytest.mark.parametrize('keypoint, expected', [
+    ((-28., 20), 1), ((-30.1, 20), 1), ((-34., 20), 0), ((117., 20), 1), ((119., 20), 0), ((40., -34.), 0)])
 def test_weight_at_the_border(keypoint, expected):
-    """The window of sigma 2 reaches 6 cells; left of the map the original counts one cell more (-7: nothing drawn, weight 1)."""
+    """The window of sigma 2 reaches 6 cells; left of the map the original counts one more (empty, weight 1)."""
     _, weights = Heatmaps((96, 64)).encode(torch.tensor([[keypoint]]), torch.ones(1, 1))
     assert weights.item() == expected
 
