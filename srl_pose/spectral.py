@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spectrum_to_channels', 'channels_to_spectrum', 'inverse_rfft2', 'check_feature_map', 'without_autocast',
-           'SpectralBlock']
+           'SpectralReLU', 'TransformBlock', 'needed_size', 'SpectralBlock']
 
 # %% ../nbs/00_spectral.ipynb #0b133986
 from contextlib import AbstractContextManager, nullcontext
@@ -55,34 +55,108 @@ def without_autocast(
     "Context in which autocast is off, also for devices (meta) that have none."
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
-# %% ../nbs/00_spectral.ipynb #2b34d796
-class SpectralBlock(nn.Module):
-    """x + alpha * inverse(ReLU(BN(conv1x1(rfft2(x))))), (B, C, H, W): SRL-Fourier as released (Chi et al. 2019).
+# %% ../nbs/00_spectral.ipynb #7303a8b7
+class SpectralReLU(nn.Module):
+    "max(weight * z + bias, 0) for spectra (B, C, *size), one weight and bias per frequency; a plain ReLU at birth."
 
-    Takes any H and W. Raises ValueError where a group would not hold whole complex channels."""
+    def __init__(
+        self,
+        size: tuple[int, int],  # of the spectrum, such as (H, W//2+1)
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return F.relu(torch.addcmul(self.bias, self.weight, z))
+
+# %% ../nbs/00_spectral.ipynb #0f39c663
+class TransformBlock(nn.Module):
+    """x + alpha * inverse(residual(transform(x))), (B, C, H, W): the skeleton; members define `spectral_residual`.
+
+    Raises ValueError for channels that groups do not divide, a missing size, and maps of another size or kind."""
+
+    def __init__(
+        self,
+        channels: int,  # C
+        *,
+        planes: int,  # real numbers per entry of the spectrum: 2 when it is complex
+        groups: int,  # of the 1x1 convolutions
+        alpha: bool,  # scale the residual by one learned number, 0 at birth?
+        size: tuple[int, int] | None,  # the only (H, W) the block accepts; None: any
+        spectrum_size: tuple[int, int] | None,  # of a weight per frequency in the ReLU; None: plain ReLU
+        bottleneck: bool,  # two convolutions C -> C/4 -> C, as in the paper's Figure 2, instead of one?
+    ):
+        super().__init__()
+        multiple = 4 * groups if bottleneck else groups
+        if channels < 1 or groups < 1 or channels % multiple:
+            raise ValueError(f'channels={channels} is not a positive multiple of {multiple} '
+                             f'(groups={groups}{", bottleneck" * bottleneck}): each group must hold whole channels')
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f'size={size} must be (H, W) of the feature map, two positive numbers')
+        self.channels, self.size = channels, None if size is None else tuple(size)
+        wide, narrow = planes * channels, planes * channels // (4 if bottleneck else 1)
+        if alpha: self.alpha = nn.Parameter(torch.zeros(1))
+        else: self.register_parameter('alpha', None)
+        self.conv_layer = nn.Conv2d(wide, narrow, 1, groups=groups)
+        self.bn = nn.BatchNorm2d(narrow)
+        self.relu = nn.ReLU() if spectrum_size is None else SpectralReLU(spectrum_size)
+        nn.init.zeros_(self.conv_layer.bias)
+        if bottleneck:
+            self.conv_back = nn.Conv2d(narrow, wide, 1, groups=groups)
+            self.relu_back = nn.ReLU() if spectrum_size is None else SpectralReLU(spectrum_size)
+            nn.init.zeros_(self.conv_back.bias)
+        else:
+            self.conv_back = self.relu_back = nn.Identity()
+            nn.init.dirac_(self.conv_layer.weight, groups)
+
+    def residual(self, z: Tensor) -> Tensor:
+        "The learned layers, on the spectrum as real channels (B, planes*C, *spectrum size)."
+        return self.relu_back(self.conv_back(self.relu(self.bn(self.conv_layer(z)))))
+
+    def spectral_residual(self, x: Tensor) -> Tensor:
+        "inverse(residual(transform(x))), (B, C, H, W)."
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_feature_map(x, self.channels)
+        if self.size not in (None, tuple(x.shape[-2:])):
+            raise ValueError(f'x is {x.shape[-2]}x{x.shape[-1]} (H x W): '
+                             f'this {type(self).__name__} was built for {self.size[0]}x{self.size[1]} only')
+        with without_autocast(x.device.type):
+            y = self.spectral_residual(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+            if self.alpha is not None: y = self.alpha * y
+        return x + y.to(x.dtype)
+
+# %% ../nbs/00_spectral.ipynb #721d3cb9
+def needed_size(
+    size: tuple[int, int] | None,  # (H, W) as given to the block
+    reason: str,  # what needs it
+) -> tuple[int, int]:
+    "The size, or ValueError if there is none."
+    if size is None: raise ValueError(f'size=None: {reason} needs the (H, W) of the feature map')
+    return size
+
+# %% ../nbs/00_spectral.ipynb #2b34d796
+class SpectralBlock(TransformBlock):
+    "x + alpha * irfft2(ReLU(BN(conv1x1(rfft2(x))))), (B, C, H, W): SRL-Fourier, `fft` as released (Chi et al. 2019)."
 
     def __init__(
         self,
         channels: int,  # C, a multiple of groups
         *,
+        size: tuple[int, int] | None = None,  # (H, W); needed with spectral_relu only
         groups: int = 8,  # of the 1x1 convolution over the 2C real channels
+        spectral_relu: bool = False,  # weight and bias per frequency in the ReLU?
+        bottleneck: bool = False,  # C -> C/4 -> C as in the paper's Figure 2?
     ):
-        super().__init__()
-        if channels < 1 or groups < 1 or channels % groups:
-            raise ValueError(f'channels={channels} is not a positive multiple of groups={groups}: '
-                             'each group must hold whole complex channels')
-        self.channels = channels
-        self.alpha = nn.Parameter(torch.zeros(1))
-        self.conv_layer = nn.Conv2d(2 * channels, 2 * channels, 1, groups=groups)
-        self.bn = nn.BatchNorm2d(2 * channels)
-        nn.init.dirac_(self.conv_layer.weight, groups)
-        nn.init.zeros_(self.conv_layer.bias)
+        spectrum_size = None
+        if spectral_relu:
+            size = needed_size(size, 'spectral_relu=True')
+            spectrum_size = (size[0], size[1] // 2 + 1)
+        super().__init__(channels, planes=2, groups=groups, alpha=True, size=size if spectral_relu else None,
+                         spectrum_size=spectrum_size, bottleneck=bottleneck)
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_feature_map(x, self.channels)
-        with without_autocast(x.device.type):
-            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            z = spectrum_to_channels(torch.fft.rfft2(wide))  # (B, 2C, H, W//2+1)
-            z = F.relu(self.bn(self.conv_layer(z)))
-            y = self.alpha * inverse_rfft2(channels_to_spectrum(z), x.shape[-2:])  # (B, C, H, W)
-        return x + y.to(x.dtype)
+    def spectral_residual(self, x: Tensor) -> Tensor:
+        z = spectrum_to_channels(torch.fft.rfft2(x))  # (B, 2C, H, W//2+1)
+        return inverse_rfft2(channels_to_spectrum(self.residual(z)), x.shape[-2:])
