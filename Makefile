@@ -25,7 +25,7 @@ table: setup
 	@echo "This table: outputs/results.md, .csv, .png. Executed notebooks, weights, curves and predictions: outputs/rows/"
 
 test: setup
-	nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
 	python -m pytest tests
 
 setup:
@@ -53,11 +53,12 @@ lab: setup
 	jupyter lab nbs
 
 publish: setup
-	srl-pose publish
-	$(MAKE) readme
+	@set=$$(sed -n 's/^set: *//p' params.yaml) && mkdir -p results/$$set && cp outputs/results.* results/$$set/
+	@$(MAKE) --no-print-directory readme
 
 readme: setup
-	@papermill --cwd nbs --no-progress-bar --log-level ERROR nbs/index.ipynb outputs/index.ipynb
-	@jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README \
-		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide_input \
-		--TagRemovePreprocessor.remove_cell_tags=hide outputs/index.ipynb
+	@mkdir -p outputs && rm -rf README_files
+	papermill --cwd nbs --no-progress-bar --log-level ERROR nbs/index.ipynb outputs/README.ipynb
+	jupyter nbconvert --log-level ERROR --to markdown --output-dir . --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_input_tags=hide_input outputs/README.ipynb
+	@sed -i.bak 's#](\.\./#](#g' README.md && rm README.md.bak

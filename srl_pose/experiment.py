@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML, YAMLError
 from torch import nn
 
-from .coco import Augmentation, CocoPersons, project_root
+from .coco import Augmentation, CocoPersons
+from .files import DataError, project_root
 from .heatmap import Heatmaps
 from .pose_net import BACKBONES, BLOCKS, PLACES, PoseResNet, check_choice, check_input_size
 
@@ -84,6 +85,7 @@ class TrainParams(Section):
     epochs: Positive
     batch_size: Positive  # persons per optimiser step, over all processes
     learning_rate: Annotated[float, Field(gt=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]  # epochs over which the rate rises from 0, 0 in the paper
     lr_steps: tuple[Positive, ...]  # epochs after which the rate is multiplied by `lr_factor`
     lr_factor: Annotated[float, Field(gt=0, le=1)]
     seed: Annotated[int, Field(ge=0)]
@@ -283,10 +285,15 @@ def main(args: list[str] | None = None) -> int:
     command = commands.add_parser('select', help='choose the experiments that `dvc repro` runs')
     command.add_argument('set', help='name of the set: sample, coco, lspet')
     command.add_argument('--data', help='folder of its data set; without it, the embedded sample')
+    command = commands.add_parser('check-row', help='check all parameters, and all data that a row will read')
+    command.add_argument('row', help='name of a row of params.yaml')
     options = parser.parse_args(args)
     try:
-        select(options.set, options.data)
-    except ParameterError as error:
+        if options.command == 'select':
+            select(options.set, options.data)
+        else:
+            load_experiment(options.row).check_data()
+    except (ParameterError, DataError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0

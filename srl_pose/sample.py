@@ -7,7 +7,6 @@ __all__ = ['THINGS', 'SIZES', 'SIZE_SHARES', 'CROWD', 'ZOOM', 'FLESH', 'SPLITS',
            'find_spot', 'random_scene', 'backdrop', 'render', 'annotate', 'detect', 'make_image', 'make_sample']
 
 # %% ../nbs/10_sample.ipynb #0b133986
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from .coco import COCO_KEYPOINTS
 from .figure import (CLOTH, SKIN, bounds, make_figure, paint_cones, random_look, random_pose, surface)
+from .files import write_json
 
 # %% ../nbs/10_sample.ipynb #c7172113
 THINGS = 'post ball bush railing limb'.split()
@@ -246,7 +246,7 @@ def make_sample(
             for index in range(count):
                 picture, record, people, found = make_image(split, index, seed)
                 file = work / 'images' / split / record['file_name']
-                cv2.imwrite(str(file), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+                file.write_bytes(cv2.imencode('.jpg', picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1])
                 images.append(record)
                 annotations += people
                 detections += found
@@ -255,8 +255,7 @@ def make_sample(
             if split == 'val':
                 files['detections/val.json'] = detections
             for name, content in files.items():
-                (work / name).parent.mkdir(exist_ok=True)
-                (work / name).write_text(json.dumps(content, separators=(',', ':')) + '\n')
+                write_json(work / name, content, indent=None)
         if root.exists():
             root.rmdir()
         work.rename(root)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from srl_pose.coco import Augmentation, CocoPersons, DataError, project_root
-from srl_pose.evaluate import METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict, save_results
+from srl_pose.coco import Augmentation, CocoPersons
+from srl_pose.evaluate import METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict
+from srl_pose.files import DataError, project_root
 
 
 @pytest.fixture(scope='module')
@@ -120,15 +121,6 @@ def test_evaluation_is_silent_and_leaves_results_alone(val, capsys):
     evaluate_results(val.annotation_file, results)
     assert json.dumps(results) == before
     assert capsys.readouterr().out == ''
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / 'results.json'
-    save_results([dict(score=1.)], file)
-    monkeypatch.setattr('os.replace', lambda *_: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError):
-        save_results([dict(score=2.)], file)
-    assert json.loads(file.read_text()) == [dict(score=1.)] and [f.name for f in tmp_path.iterdir()] == ['results.json']
 
 
 def test_ties_go_as_in_the_original():

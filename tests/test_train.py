@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from srl_pose.coco import project_root
 from srl_pose.experiment import load_experiments
+from srl_pose.files import project_root
 from srl_pose.train import load_checkpoint, train
 
 
@@ -17,7 +17,7 @@ def experiment():
     base = load_experiments(next(f for f in files if f.exists() and 'set: sample' in f.read_text()))['fft'].model_dump()
     base['data'] |= dict(root='sample', train='val')
     base['model'] |= dict(input_size=(32, 64))
-    base['train'] |= dict(epochs=1, batch_size=16, lr_steps=())
+    base['train'] |= dict(epochs=1, batch_size=16, warmup_epochs=0, lr_steps=())
     base['train']['augmentation'] = dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)
     base['machine'] = dict(device='cpu', processes=1, workers=0)
     return lambda **machine: type(next(iter(load_experiments(files[0]).values()))).model_validate(

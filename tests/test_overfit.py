@@ -1,0 +1,45 @@
+"""The whole chain on real photographs: a few persons of coco-mini, learned by heart."""
+import json
+
+from srl_pose.evaluate import evaluate
+from srl_pose.experiment import Experiment
+from srl_pose.train import load_checkpoint, train
+
+
+def few_persons(source, root, persons, copies):
+    """A data set of the `persons` images with one fully visible large person; in `train` each occurs `copies` times."""
+    data = json.loads((source / 'annotations' / 'person_keypoints_val2017.json').read_text())
+    alone = {}
+    for annotation in data['annotations']:
+        alone.setdefault(annotation['image_id'], []).append(annotation)
+    chosen = sorted((a[0] for a in alone.values() if len(a) == 1 and not a[0]['iscrowd']),
+                    key=lambda a: -a['num_keypoints'])[:persons]
+    names = {image['id']: image for image in data['images']}
+    for split, count in (('train', copies), ('val', 1)):
+        images, annotations = [], []
+        for number, annotation in enumerate(chosen * count, start=1):
+            images.append({**names[annotation['image_id']], 'id': number})
+            annotations.append({**annotation, 'id': number, 'image_id': number})
+        (root / 'annotations').mkdir(parents=True, exist_ok=True)
+        (root / 'annotations' / f'person_keypoints_{split}.json').write_text(
+            json.dumps({**data, 'images': images, 'annotations': annotations}))
+        (root / 'images').mkdir(exist_ok=True)
+        (root / 'images' / split).symlink_to(source / 'images' / 'val2017')
+
+
+def test_a_few_real_persons_are_learned_by_heart(external, tmp_path):
+    few_persons(external / 'data' / 'coco-mini', tmp_path / 'data', persons=6, copies=24)
+    experiment = Experiment.model_validate(dict(
+        set='overfit', name='fft',
+        data=dict(root=str(tmp_path / 'data'), train='train', val='val', detections=None),
+        model=dict(backbone='resnet18', input_size=(192, 256), block='fft',
+                   block_after=('deconv1', 'deconv2', 'deconv3'), weights=None),
+        train=dict(epochs=5, batch_size=6, learning_rate=1e-3, warmup_epochs=1, lr_steps=(4,), lr_factor=0.1, seed=0,
+                   augmentation=dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)),
+        evaluate=dict(boxes='gt', flip_test=False, confidence_threshold=0.2, nms_threshold=0.9),
+        machine=dict(device='auto', processes=1, workers=0),
+    ))
+    train(experiment, tmp_path / 'out')
+    model, _, _ = load_checkpoint(tmp_path / 'out' / 'model.pt')
+    metrics = evaluate(model, experiment.val_set(), flip_test=False).metrics
+    assert metrics['AP'] > 0.9, metrics

@@ -1,0 +1,38 @@
+"""dvc.yaml says the truth about what a stage depends on."""
+import ast
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
+
+
+def modules_behind(*names):
+    """The modules of the package that `names` import, directly or not, and `names` themselves."""
+    found, todo = set(), list(names)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            tree = ast.parse((ROOT / 'srl_pose' / f'{name}.py').read_text())
+            todo += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+    return found
+
+
+@pytest.mark.parametrize('stage', ['train', 'evaluate'])
+def test_a_stage_depends_on_all_code_that_decides_its_result(stage):
+    named = {Path(dep).stem for dep in STAGES[stage]['do']['deps'] if dep.endswith('.py')}
+    assert named == modules_behind(stage, 'experiment')
+
+
+def test_the_table_depends_on_its_own_code_and_all_metrics():
+    assert {'outputs/metrics', 'srl_pose/table.py', 'srl_pose/experiment.py'} <= set(STAGES['table']['deps'])
+
+
+def test_every_parameter_decides_something():
+    """Each section of params.yaml except `machine` is watched by a stage."""
+    sections = set(YAML(typ='safe').load((ROOT / 'params.yaml').read_text()))
+    watched = {p.split('.')[0] for s in STAGES.values() for p in s.get('do', s)['params']}
+    assert sections - {'machine'} == watched
