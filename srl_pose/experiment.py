@@ -22,7 +22,7 @@ from torch import nn
 from .coco import Augmentation, CocoPersons
 from .files import DataError, project_root
 from .heatmap import Heatmaps
-from .pose_net import BACKBONES, BLOCKS, PLACES, PoseResNet, check_choice, check_input_size
+from .pose_net import PoseResNet, check_input_size
 
 # %% ../nbs/08_experiment.ipynb #d99abb9c
 Positive = Annotated[int, Field(gt=0)]
@@ -43,33 +43,35 @@ class DataParams(Section):
 
 # %% ../nbs/08_experiment.ipynb #7b729ab4
 class ModelParams(Section):
-    "What `PoseResNet` is built from."
+    "The arguments of `PoseResNet`."
     backbone: str  # torchvision's name
     input_size: tuple[Positive, Positive]  # (w, h) px
     block: str | None  # short name of the block, None for the simple baseline
-    block_after: tuple[str, ...]  # layers that a block follows
+    block_after: tuple[str, ...]  # places that a block follows
+    block_options: dict[str, bool | int]  # keyword arguments of the block's class
+    downsample: bool  # stride 2 in layer3 and layer4? if not, one transposed convolution suffices
+    dilate: bool  # without downsampling: dilated convolutions in layer3 and layer4?
+    caffe: bool  # stride in the first 1x1 convolution of a bottleneck?
     weights: str | None  # trunk: torchvision weights name or local file
-
-    @field_validator('backbone')
-    def _known_backbone(cls, value):
-        check_choice('backbone', value, BACKBONES)
-        return value
-
-    @field_validator('block')
-    def _known_block(cls, value):
-        if value is not None:
-            check_choice('block', value, list(BLOCKS))
-        return value
-
-    @field_validator('block_after')
-    def _known_place(cls, value):
-        for place in value:
-            check_choice('block_after', place, PLACES)
-        return value
 
     @field_validator('input_size')
     def _whole_cells(cls, value):
         return check_input_size(value)
+
+    @model_validator(mode='after')
+    def _can_be_built(self):
+        with torch.device('meta'):
+            self.build(pretrained=False)
+        return self
+
+    def build(
+        self,
+        *,
+        pretrained: bool = True,  # load `weights` into the trunk?
+    ) -> PoseResNet:
+        "The network, initialised."
+        arguments = self.model_dump(exclude={'backbone', 'weights'})
+        return PoseResNet(self.backbone, weights=self.weights if pretrained else None, **arguments)
 
 # %% ../nbs/08_experiment.ipynb #2c6624e9
 class AugmentationParams(Section):
@@ -146,10 +148,9 @@ class Experiment(Section):
             raise ValueError('evaluate.boxes is detector, but data.detections names no file')
         return self
 
-    def build_model(self) -> nn.Module:
-        "The network, initialised."
-        p = self.model
-        return PoseResNet(p.backbone, block=p.block, block_after=p.block_after, weights=p.weights)
+    def build_model(self, *, pretrained: bool = True) -> nn.Module:
+        "The network, initialised; `pretrained` loads `model.weights` into its trunk."
+        return self.model.build(pretrained=pretrained)
 
     def build_heatmaps(self) -> Heatmaps:
         "Encoder and decoder of keypoints at this input size."
@@ -229,10 +230,10 @@ def _experiment(path: Path, shared: dict, name: str, row: dict) -> Experiment:
         problems = []
         for e in error.errors():
             field = '.'.join(str(part) for part in e['loc'])
-            ours = len(e['loc']) > 1 and e['loc'][0] in sections and e['loc'][1] in row[e['loc'][0]]
+            ours = e['loc'][:1] and e['loc'][0] in sections and (len(e['loc']) == 1 or e['loc'][1] in row[e['loc'][0]])
             value = '' if e['type'] in ('missing', 'extra_forbidden', 'value_error') else f', not {e["input"]!r}'
             message = {'extra_forbidden': 'unknown parameter', 'missing': 'missing'}.get(e['type'], e['msg'])
-            problems.append(f'{path}: {f"rows.{name}." * ours}{field}: {message.removeprefix("Value error, ")}{value}')
+            problems.append(f'{path}: {f"rows.{name}." if ours else ""}{field}: {message.removeprefix("Value error, ")}{value}')
         raise ParameterError('\n'.join(problems)) from None
 
 

@@ -197,6 +197,8 @@ class PoseResNet(nn.Module):
     ):
         super().__init__()
         check_choice('backbone', backbone, BACKBONES)
+        if block is not None:
+            check_choice('block', block, list(BLOCKS))
         if block is None and block_options:
             raise ValueError(f'block_options={dict(block_options)!r} without a block: choose from {", ".join(BLOCKS)}')
         w, h = (None, None) if input_size is None else check_input_size(input_size)

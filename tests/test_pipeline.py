@@ -21,10 +21,10 @@ def modules_behind(*names):
     return found
 
 
-@pytest.mark.parametrize('stage', ['train', 'evaluate'])
-def test_a_stage_depends_on_all_code_that_decides_its_result(stage):
+@pytest.mark.parametrize('stage,modules', [('train', ['train', 'experiment']), ('evaluate', ['evaluate', 'experiment', 'flops'])])
+def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules):
     named = {Path(dep).stem for dep in STAGES[stage]['do']['deps'] if dep.endswith('.py')}
-    assert named == modules_behind(stage, 'experiment')
+    assert named == modules_behind(*modules)
 
 
 def test_the_table_depends_on_its_own_code_and_all_metrics():
