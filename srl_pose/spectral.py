@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .spectral_fast import fast_forward
+
 # %% ../nbs/00_spectral.ipynb #dc58d016
 def spectrum_to_channels(
     z: Tensor,  # complex spectrum (B, C, H, W')
@@ -141,6 +143,8 @@ def needed_size(
 class SpectralBlock(TransformBlock):
     "x + alpha * irfft2(ReLU(BN(conv1x1(rfft2(x))))), (B, C, H, W): SRL-Fourier, `fft` as released (Chi et al. 2019)."
 
+    fast = True  # the fast form where it applies? (set on the class or on one block)
+
     def __init__(
         self,
         channels: int,  # C, a multiple of groups
@@ -160,3 +164,11 @@ class SpectralBlock(TransformBlock):
     def spectral_residual(self, x: Tensor) -> Tensor:
         z = spectrum_to_channels(torch.fft.rfft2(x))  # (B, 2C, H, W//2+1)
         return inverse_rfft2(channels_to_spectrum(self.residual(z)), x.shape[-2:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_feature_map(x, self.channels)
+        if self.fast and isinstance(self.conv_back, nn.Identity):
+            with without_autocast(x.device.type):
+                y = fast_forward(x, self.alpha, self.conv_layer, self.bn, self.relu)
+            if y is not None: return y
+        return super().forward(x)
