@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import papermill
@@ -20,7 +21,7 @@ def test_notebooks_are_clean_and_exported(tmp_path):
     shutil.copytree(ROOT / 'nbs', tmp_path / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     (tmp_path / 'srl_pose').mkdir()
     for command in ('nbdev_clean', 'nbdev_export'):
-        subprocess.run([command], cwd=tmp_path, check=True)
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=tmp_path, check=True)
     for folder, pattern in (('nbs', '**/*.ipynb'), ('srl_pose', '*.py')):
         names = lambda root: {str(p.relative_to(root)) for p in (root / folder).glob(pattern)
                               if '.ipynb_checkpoints' not in p.parts}
