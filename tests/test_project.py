@@ -70,3 +70,11 @@ def test_versions_are_pinned_and_agree():
     assert srl_pose.__version__ == settings['DEFAULT']['version']
     lines = (ROOT / 'constraints.txt').read_text().split()
     assert all('==' in line for line in lines) and any(line.startswith('torch==') for line in lines)
+
+
+def test_the_committed_lock_records_no_machine():
+    """dvc.lock is committed empty; what a machine's own runs write into it stays there."""
+    committed = subprocess.run(['git', 'show', 'HEAD:dvc.lock'], cwd=ROOT, capture_output=True, text=True)
+    if committed.returncode:
+        pytest.skip('not a git checkout')
+    assert committed.stdout == "schema: '2.0'\nstages: {}\n", 'run make setup before dvc, so that git leaves dvc.lock alone'
