@@ -26,7 +26,7 @@ table: setup
 
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
-	python -m pytest tests
+	OMP_NUM_THREADS=1 python -m pytest -n 2 tests
 
 setup:
 	@[ "$$(cat '$(MARK)' 2>/dev/null)" = '$(WANT)' ] || $(MAKE) --no-print-directory '$(MARK)'
