@@ -50,7 +50,9 @@ class Matches:
         weights = np.ones(len(self.image_ids), int) if weights is None else np.asarray(weights)
         precision, recall = np.full((2, 3, 10), -1.)  # by size range and OKS threshold
         for a, persons in enumerate((self.persons @ weights).tolist()):
-            for t, (ranked, true) in enumerate(zip(self.ranked[a], self.true[a])) if persons else ():
+            if not persons:
+                continue
+            for t, (ranked, true) in enumerate(zip(self.ranked[a], self.true[a])):
                 counted = weights[ranked]
                 found = np.cumsum(counted[true])
                 best = np.maximum.accumulate((found / (np.cumsum(counted)[true] + np.spacing(1)))[::-1])[::-1]

@@ -243,9 +243,9 @@ def plot_rows(rows: list[Row]) -> Figure:
                 axes.text(0, y, ' not run', va='center', color='gray')
             if row.published and boxes == 'detector':
                 axes.plot(row.published['AP'], y, 'D', color='C1')
-        axes.set(yticks=range(len(shown)), yticklabels=[r.experiment.name for r in shown], xlim=(0, 1),
+        axes.set(yticks=range(len(shown)), yticklabels=[r.experiment.name for r in shown],
+                 xlim=(0, 1), ylim=(len(shown) - 0.5, -0.5),
                  title=f'{rows[0].experiment.set}: {SOURCES[boxes].lower()}')
-        axes.invert_yaxis()
         if boxes == 'detector' and any(r.published for r in shown):
             axes.plot([], [], 'D', color='C1', label='paper, COCO val2017')
             axes.legend(loc='lower right')
