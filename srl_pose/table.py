@@ -248,7 +248,7 @@ def plot_rows(rows: list[Row]) -> Figure:
                  title=f'{rows[0].experiment.set}: {SOURCES[boxes].lower()}')
         if boxes == 'detector' and any(r.published for r in shown):
             axes.plot([], [], 'D', color='C1', label='paper, COCO val2017')
-            axes.legend(loc='lower right')
+            axes.legend(loc='lower right', bbox_to_anchor=(1, 1), borderaxespad=0, frameon=False, fontsize=8)  # beside the title
     panels[-1, 0].set(xlabel='AP with 95 % interval over images')
     return figure
 
