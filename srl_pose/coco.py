@@ -192,13 +192,25 @@ class CocoPersons(Dataset):
 
     @property
     def annotation_file(self) -> Path:
-        "Where the persons of the split are annotated"
-        return self.root / 'annotations' / f'person_keypoints_{self.split}.json'
+        "Where the persons of the split are annotated; `image_info_{split}.json` if there is only that"
+        file = self.root / 'annotations' / f'person_keypoints_{self.split}.json'
+        info = file.with_name(f'image_info_{self.split}.json')
+        return info if info.exists() and not file.exists() else file
+
+    @property
+    def annotated(self) -> bool:
+        "Are persons annotated, or are there only images, as in COCO's test sets?"
+        return not self.annotation_file.name.startswith('image_info')
+
+    @property
+    def image_folder(self) -> Path:
+        "Where the images of the split are; COCO's test-dev2017 is a part of test2017"
+        return self.root / 'images' / ('test2017' if self.split == 'test-dev2017' else self.split)
 
     def _load(self):
         "Fill the arrays, one row per person; persons in the order of the images, or of the detector file"
         file = self.annotation_file
-        data = read_annotations(file, self.keypoint_set.names)
+        data = read_annotations(file, self.keypoint_set.names, annotated=self.boxes == 'gt' or self.annotated)
         images, annotations = data['images'], data['annotations']
         ids = np.array([image['id'] for image in images])
         sizes = np.array([[image['width'], image['height']] for image in images]).reshape(-1, 2)
@@ -230,11 +242,11 @@ class CocoPersons(Dataset):
 
     def image_file(self, index: int) -> Path:
         "The image that holds person `index`"
-        return self.root / 'images' / self.split / str(self._names[self._image[index]])
+        return self.image_folder / str(self._names[self._image[index]])
 
     def check_images(self) -> None:
         "`DataError` for the first image that is missing, empty or truncated"
-        folder = self.root / 'images' / self.split
+        folder = self.image_folder
         if not folder.is_dir():
             raise DataError(f'{folder}: no such image folder')
         for name in self._names:

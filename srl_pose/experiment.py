@@ -103,6 +103,7 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     "How average precision is measured."
     boxes: Literal['detector', 'gt']  # person boxes: a detector's, or the annotated ones
+    decoder: Literal['quarter']  # how keypoints are read from heatmaps
     flip_test: bool  # average with the mirrored image?
     confidence_threshold: Fraction  # keypoints above it count in a person's score
     nms_threshold: Fraction  # OKS above which the lower-scored of two persons is dropped

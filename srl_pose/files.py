@@ -133,11 +133,15 @@ def check_below(
 def read_annotations(
     file: str | Path,  # in COCO's keypoint format
     keypoint_names: Sequence[str],  # that the file must have, in this order
+    *,
+    annotated: bool = True,  # must there be annotations? COCO's image_info files have none
 ) -> dict:  # the file's contents; iscrowd and num_keypoints filled in where absent
     "A COCO keypoint file, checked; `DataError` naming the first field that is missing or makes no sense"
     data = read_json(file)
     if not isinstance(data, dict):
         raise DataError(f'{file}: must be an object with images, annotations and categories')
+    if not annotated:
+        data.setdefault('annotations', [])
     for key in ('images', 'annotations', 'categories'):
         if not isinstance(data.get(key), list):
             raise DataError(f'{file}: needs a list {key!r}')

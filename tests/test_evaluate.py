@@ -1,15 +1,25 @@
 """Evaluation against outputs of the original implementation, and its errors."""
+import contextlib
+import hashlib
+import io
 import json
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from srl_pose.coco import Augmentation, CocoPersons
-from srl_pose.evaluate import METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict
-from srl_pose.files import DataError, project_root
+from srl_pose.bootstrap import Matches, bootstrap, compare
+from srl_pose.coco import COCO_KEYPOINTS, Augmentation, CocoPersons
+from srl_pose.evaluate import (METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict, run_cocoeval,
+                               val2017_warnings)
+from srl_pose.files import DataError, project_root, write_json
+from srl_pose.heatmap import Heatmaps
 
 
 @pytest.fixture(scope='module')
@@ -37,6 +47,7 @@ def test_golden_numbers(external):
         preds, boxes, image_id, stats, count = (golden[f'eval|{case}|{name}'] for name in names)
         results = coco_results(image_id, preds[..., :2], preds[..., 2], boxes[:, 5], boxes[:, 4])
         assert len(results) == count
+        assert np.abs(np.sort([r['score'] for r in results]) - np.sort(golden[f'eval|{case}|scores'])).max() <= 1e-6
         file = external / 'data/coco-mini/annotations/person_keypoints_val2017.json'
         metrics = evaluate_results(file, results)
         assert tuple(metrics) == METRICS
@@ -53,6 +64,100 @@ def test_golden_boxes_are_those_of_the_data_set(external):
     assert np.abs(persons.area / boxes[:, 4] - 1).max() <= 1e-6
 
 
+def original_nms(keypoints, areas, scores, threshold=0.9):
+    """The original's greedy loop: one OKS after the other."""
+    variances, left, kept = (np.array(COCO_KEYPOINTS.sigmas) * 2)**2, np.argsort(scores, kind='stable')[::-1], []
+    while len(left):
+        kept.append(int(left[0]))
+        similar = np.zeros(len(left) - 1)
+        for n, j in enumerate(left[1:]):
+            dx, dy = (keypoints[left[0]] - keypoints[j]).T
+            e = (dx**2 + dy**2) / variances / ((areas[left[0]] + areas[j]) / 2 + np.spacing(1)) / 2
+            similar[n] = np.sum(np.exp(-e)) / len(e)
+        left = left[1:][similar <= threshold]
+    return kept
+
+
+def original_numbers(file, image_ids, preds, boxes):
+    """Rescoring, suppression and COCOeval, person by person and keypoint by keypoint, as in the original."""
+    results = []
+    for image_id in dict.fromkeys(image_ids.tolist()):
+        mine, scores = np.flatnonzero(image_ids == image_id), []
+        for i in mine:
+            total, n = 0., 0
+            for value in preds[i, :, 2]:
+                if value > 0.2:
+                    total, n = total + float(value), n + 1
+            scores.append(boxes[i, 5] * (total / n if n else 0))
+        for k in original_nms(preds[mine, :, :2].astype(float), boxes[mine, 4], np.array(scores)):
+            results.append(dict(image_id=image_id, category_id=1, score=float(scores[k]),
+                                keypoints=preds[mine[k]].astype(float).ravel().tolist()))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(file)
+        evaluation = COCOeval(truth, truth.loadRes(results), 'keypoints')
+        evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+    return len(results), evaluation.stats
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_detector_boxes_with_duplicates_as_in_the_original(external, seed):
+    """The golden predictions as a detector might have led to them: found twice, or not at all, with box scores."""
+    golden, rng = np.load(external / 'golden/coco.npz'), np.random.default_rng(seed)
+    which = rng.permutation(np.concatenate([rng.choice(68, 60, replace=False), rng.choice(68, 50)]))
+    preds, boxes, image_id = (golden[f'eval|gt|{name}'][which].copy() for name in ('preds', 'boxes', 'image_id'))
+    preds[..., :2] += rng.normal(0, 1.5, preds[..., :2].shape)
+    preds[..., 2] *= rng.uniform(0.05, 1, preds.shape[:2])
+    boxes[:, 5] = rng.uniform(0.01, 1, len(boxes))
+    file = external / 'data/coco-mini/annotations/person_keypoints_val2017.json'
+    count, stats = original_numbers(file, image_id, preds, boxes)
+    results = coco_results(image_id, preds[..., :2], preds[..., 2], boxes[:, 5], boxes[:, 4])
+    assert len(results) == count < len(which)
+    assert np.abs(np.array([*evaluate_results(file, results).values()]) - stats).max() <= 1e-6
+
+
+def scattered(rng, n, twice, spread=600):
+    """n poses, the last `twice` of them near the first ones, with scores that tie."""
+    poses = rng.uniform(0, spread, (n - twice, 1, 2)) + rng.normal(0, 40, (n - twice, 17, 2))
+    poses = np.concatenate([poses, poses[:twice] + rng.normal(0, 1.5, (twice, 17, 2))])
+    return poses, rng.uniform(3000, 30000, n), rng.uniform(0, 1, n).round(2)
+
+
+@pytest.mark.parametrize('threshold', [0, 0.2, 0.5, 0.9, 0.95, 1])
+def test_suppression_is_the_original_s(threshold):
+    rng = np.random.default_rng(0)
+    for n, twice, spread in ((1, 0, 1), (2, 1, 1), (7, 3, 600), (25, 5, 60), (60, 15, 600), (60, 30, 5)):
+        poses, areas, scores = scattered(rng, n, twice, spread)
+        assert oks_nms(poses, areas, scores, threshold=threshold).tolist() == original_nms(poses, areas, scores, threshold)
+    same = np.repeat(poses[:1], 20, 0)
+    assert len(oks_nms(same, areas[:20], scores[:20])) == 1
+    assert oks_nms(poses[:0], areas[:0], scores[:0]).tolist() == []
+
+
+def test_suppression_of_other_keypoints():
+    rng = np.random.default_rng(0)
+    poses = np.repeat(rng.uniform(0, 50, (6, 2, 2)), 4, 0) + rng.normal(0, 1, (24, 2, 2))
+    areas, scores, sigmas = np.full(24, 2000.), rng.uniform(0, 1, 24), (0.05, 0.02)
+    similar, kept = oks(poses, poses, areas, areas, sigmas), oks_nms(poses, areas, scores, sigmas=sigmas, threshold=0.6)
+    left = np.argsort(scores)[::-1].tolist()
+    for i in kept:
+        assert left.pop(0) == i
+        left = [j for j in left if similar[i, j] <= 0.6]
+    assert not left and len(kept) < 24
+
+
+def test_suppression_is_ten_times_as_fast():
+    """60 persons, 15 of them found twice; medians of runs in turn."""
+    args, times = scattered(np.random.default_rng(0), 60, 15), []
+    for _ in range(15):
+        times.append([])
+        for function in (original_nms, oks_nms):
+            start = time.perf_counter()
+            function(*args)
+            times[-1].append(time.perf_counter() - start)
+    original, ours = np.median(times, 0)
+    assert original / ours >= 10
+
+
 @pytest.mark.parametrize('data, split', [('coco-mini', 'train2017'), ('coco-mini', 'val2017'), ('lspet', 'val')])
 def test_truth_scores_one(external, data, split):
     persons = CocoPersons(external / 'data' / data, split, input_size=(192, 256))
@@ -65,12 +170,14 @@ def test_truth_scores_one(external, data, split):
 def test_settings_are_stated(val):
     evaluation = evaluate(Model(), val, flip_test=False, confidence_threshold=0.3, nms_threshold=0.8, bgr=True)
     settings = evaluation.settings
+    file = 'annotations/person_keypoints_val.json'
     assert settings == dict(
-        split='val', boxes='gt', box_file='annotations/person_keypoints_val.json', persons=len(val),
-        images=len(set(val.image_id.tolist())), results=len(evaluation.results), input_size=[96, 128],
-        flip_test=False, flip_shift=False, decoder='quarter offset', confidence_threshold=0.3, nms_threshold=0.8,
-        color_order='BGR')
-    json.dumps([settings, evaluation.metrics, evaluation.results], allow_nan=False)
+        split='val', annotation_file=file, images=len(set(val.image_id.tolist())), persons=len(val),
+        boxes='gt', box_file=file, box_sha256=hashlib.sha256((val.root / file).read_bytes()).hexdigest(), num_boxes=len(val),
+        results=len(evaluation.results), input_size=[96, 128],
+        flip_test=False, flip_shift=False, decoder='quarter', confidence_threshold=0.3, nms_threshold=0.8,
+        color_order='BGR', warnings=[])
+    json.dumps([settings, evaluation.metrics, evaluation.results, evaluation.intervals()], allow_nan=False)
 
 
 def test_each_option_changes_something(val):
@@ -113,6 +220,93 @@ def test_results_of_other_images_and_missing_files(val, tmp_path):
         evaluate_results(val.annotation_file, [dict(image_id=-1, category_id=1, keypoints=[0] * 51, score=1)])
     with pytest.raises(DataError, match='none.json: no such file'):
         evaluate_results(tmp_path / 'none.json', [])
+
+
+@pytest.fixture
+def split_of_sample(val, tmp_path):
+    """Makes a data root of the sample's images with another annotation file."""
+    def make(split, folder, name, change):
+        shutil.copytree(val.root / 'images/val', tmp_path / 'images' / folder)
+        shutil.copy(val.root / 'detections/val.json', tmp_path / 'boxes.json')
+        data = json.loads(val.annotation_file.read_text())
+        write_json(tmp_path / 'annotations' / f'{name}_{split}.json', change(data))
+        return tmp_path
+    return make
+
+
+@pytest.mark.filterwarnings('error')
+def test_images_without_annotations(split_of_sample, val):
+    root = split_of_sample('test-dev2017', 'test2017', 'image_info', lambda d: {k: d[k] for k in ('images', 'categories')})
+    with pytest.raises(DataError, match="image_info_test-dev2017.json: needs a list 'annotations'"):
+        CocoPersons(root, 'test-dev2017', input_size=(96, 128))
+    persons = CocoPersons(root, 'test-dev2017', input_size=(96, 128), boxes='boxes.json')
+    evaluation = evaluate(Model(), persons)
+    assert evaluation.metrics == evaluation.bootstrap == evaluation.intervals() == {}
+    assert evaluation.settings['box_file'] == 'boxes.json' and evaluation.settings['num_boxes'] == 218
+    path = evaluation.write_results(root / 'out')
+    assert path == root / 'out/keypoints_test-dev2017_results.json'
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = COCO(persons.annotation_file).loadRes(str(path))
+    assert len(found.anns) == len(evaluation.results) > 0
+    json.dumps(evaluation.settings, allow_nan=False)
+    with pytest.raises(DataError, match="needs a list 'annotations'"):
+        evaluate_results(persons.annotation_file, evaluation.results)
+
+
+def test_a_part_of_val2017_is_no_val2017(external):
+    persons = CocoPersons(external / 'data/coco-mini', 'val2017', input_size=(96, 128))
+    with pytest.warns(UserWarning, match="has 45 of COCO val2017's 5,000 images"):
+        evaluation = evaluate(Model(), persons, flip_test=False)
+    assert len(evaluation.settings['warnings']) == 1
+
+
+@pytest.mark.parametrize('boxes', ['gt', 'boxes.json'])
+def test_val2017_with_other_counts(split_of_sample, boxes):
+    def enlarge(data):
+        free = set(range(1, 6000)) - {i['id'] for i in data['images']}
+        more = [data['images'][0] | dict(id=i, file_name=f'{i}.jpg') for i in sorted(free)[:5000 - len(data['images'])]]
+        return data | dict(images=data['images'] + more)
+
+    root = split_of_sample('val2017', 'val2017', 'person_keypoints', enlarge)
+    persons = CocoPersons(root, 'val2017', input_size=(96, 128), boxes=boxes)
+    with pytest.warns(UserWarning) as caught:
+        evaluation = evaluate(Model(), persons, flip_test=False, resamples=3)
+    assert [str(w.message) for w in caught if w.category is UserWarning] == evaluation.settings['warnings']
+    count = '183, but 6,352' if boxes == 'gt' else '218, but 104,125'
+    expected = ['persons is 183, but 6,352', f'num_boxes is {count}']
+    assert all(text in warning for text, warning in zip(expected, evaluation.settings['warnings'], strict=True))
+
+
+def test_nothing_to_warn_of():
+    settings = dict(split='val2017', images=5000, persons=6352, annotation_file='a', box_file='b')
+    assert val2017_warnings(settings | dict(boxes='detector', num_boxes=104_125)) == []
+    assert val2017_warnings(settings | dict(boxes='gt', num_boxes=6352)) == []
+
+
+def test_wrong_decoder_before_work(val):
+    with pytest.raises(ValueError, match="decoder: 'half'"):
+        evaluate(None, val, decoder='half')
+    with pytest.raises(ValueError, match='heatmaps: are for input_size'):
+        predict(Model(), val, heatmaps=Heatmaps((64, 96)))
+
+
+@pytest.mark.parametrize('data, split', [('coco-mini', 'val2017'), ('lspet', 'val')])
+def test_the_bootstrap_adds_up_as_cocoeval(external, data, split):
+    persons = CocoPersons(external / 'data' / data, split, input_size=(192, 256), check_images=False)
+    rng = np.random.default_rng(0)
+    keypoints = np.where(persons.visible[..., None] > 0, persons.keypoints, persons.center[:, None])
+    scale = persons.scale[:, None, :1] * 200
+    draws = []
+    for noise in (0.02, 0.025):
+        noisy = keypoints + rng.normal(0, 1, keypoints.shape) * scale * noise
+        results = coco_results(persons.image_id, noisy, rng.uniform(0.3, 1, keypoints.shape[:2]), persons.score, persons.area)
+        evaluation = run_cocoeval(persons.annotation_file, results)
+        matches = Matches.of(evaluation)
+        assert np.abs(matches.numbers() - evaluation.stats).max() <= 1e-9
+        draws.append(bootstrap(matches, resamples=100)[0])
+        low, high = draws[-1].interval()
+        assert low < evaluation.stats[0] < high
+    assert compare(*draws).probability > 0.5
 
 
 def test_evaluation_is_silent_and_leaves_results_alone(val, capsys):
