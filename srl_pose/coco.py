@@ -222,8 +222,9 @@ class CocoPersons(Dataset):
         self.keypoint_set = keypoint_set or read_keypoint_set(self.annotation_file)
         self._order, self._lower = flip_order(self.keypoint_set.flip_pairs, len(self.keypoint_set)), self.keypoint_set.lower
         if augmentation and augmentation.half_body_probability and len(set(self._lower)) < 2:
-            raise ValueError('augmentation: half_body_probability needs keypoints of both halves; lower are hip, knee, ankle, '
-                             f'heel, toe and foot, the others upper, but the names are {", ".join(self.keypoint_set.names)}')
+            raise DataError(f'{self.annotation_file}: categories: half_body_probability needs keypoints of both halves, lower '
+                            '(hip, knee, ankle, heel, toe, foot) and upper (others); they are '
+                            f'{", ".join(self.keypoint_set.names)}')
         with _collector_paused():
             self._load()
         if check_images:
