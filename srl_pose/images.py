@@ -171,7 +171,7 @@ def open_images(
     archive = Path(f'{folder}.zip')
     return ArchiveImages(archive, names) if archive.is_file() and not Path(folder).is_dir() else FolderImages(folder, names)
 
-# %% ../nbs/03c_images.ipynb #1a76995f
+# %% ../nbs/03c_images.ipynb #cb62a26f
 _log = logging.getLogger(__name__)
 
 
@@ -204,12 +204,15 @@ class PixelCache:
         last: int,  # rows first ... last - 1
     ) -> np.ndarray | None:  # (last - first, W, 3) uint8; None if the image is not there
         "Rows of an image"
-        if os.pread(self._handle(), 8, 8 * i) != struct.pack('<Q', stamp):
+        try:
+            if os.pread(self._handle(), 8, 8 * i) != struct.pack('<Q', stamp):
+                return None
+            row = int(self._rows[i])
+            pixels = np.empty((last - first, row // 3, 3), np.uint8)
+            complete = os.preadv(self._handle(), [pixels], int(self._offsets[i]) + first * row) == pixels.nbytes
+            return pixels if complete else None
+        except OSError:  # as good as not there
             return None
-        row = int(self._rows[i])
-        pixels = np.empty((last - first, row // 3, 3), np.uint8)
-        complete = os.preadv(self._handle(), [pixels], int(self._offsets[i]) + first * row) == pixels.nbytes
-        return pixels if complete else None
 
     def write(
         self,
@@ -217,11 +220,12 @@ class PixelCache:
         stamp: int,
         pixels: np.ndarray,  # (H, W, 3) uint8, C-contiguous
     ) -> None:
-        "Keep an image, unless another process just did; without effect once the disk is full"
+        "Keep an image, unless another process just did; without effect after a failure, such as a full disk"
         if not self._writable:
             return
-        fd, stamp = self._handle(), struct.pack('<Q', stamp)
+        stamp = struct.pack('<Q', stamp)
         try:
+            fd = self._handle()
             fcntl.lockf(fd, fcntl.LOCK_EX, 8, 8 * i)
             try:
                 if os.pread(fd, 8, 8 * i) != stamp:
@@ -243,7 +247,7 @@ def _write_at(fd, data, offset):
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
 
-# %% ../nbs/03c_images.ipynb #83d3626b
+# %% ../nbs/03c_images.ipynb #7b07102b
 def open_cache(
     folder: str | Path,  # for cache files; made if there is none
     images: FolderImages | ArchiveImages,

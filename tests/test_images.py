@@ -151,6 +151,20 @@ def test_a_disk_that_is_full_later_is_said_once(some, tmp_path, monkeypatch, cap
     assert np.array_equal(cache.read(0, images.stamp(0), 0, 9), images.read(0)[:9])
 
 
+def test_a_cache_that_is_deleted_is_no_loss(some, tmp_path, caplog):
+    images, sizes = some
+    cache = open_cache(tmp_path / 'cache', images, sizes, 1)
+    cache.write(0, images.stamp(0), images.read(0))
+    cache.path.unlink()
+    assert fill(pickle.loads(pickle.dumps(cache)), images)  # another process makes a new file
+    shutil.rmtree(tmp_path / 'cache')
+    there_is_none = pickle.loads(pickle.dumps(cache))
+    assert there_is_none.read(0, images.stamp(0), 0, 9) is None
+    for i in (0, 1):
+        there_is_none.write(i, images.stamp(i), images.read(i))
+    assert len(caplog.messages) == 1 and 'no more decoded images are kept (No such file or directory)' in caplog.messages[0]
+
+
 # ---------------------------------------------------------------------------------------- archives
 
 def repack(edit, **options):
