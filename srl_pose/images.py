@@ -85,9 +85,9 @@ def _read_at(fd, size, offset):
         raise EOFError('the file ends too early')
     return data
 
-# %% ../nbs/03c_images.ipynb #e344b84a
+# %% ../nbs/03c_images.ipynb #3b5f3183
 def decode_image(
-    data: bytes,
+    data: bytes,  # of an image file
     name: str,  # for messages
 ) -> np.ndarray:  # (H, W, 3) uint8, OpenCV's BGR
     "A whole image, its orientation tag ignored as in the original; `DataError` if it is empty, truncated or no image"
@@ -98,7 +98,7 @@ def decode_image(
             with Image.open(BytesIO(data)) as image:
                 image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise DataError(f'{name}: image is truncated or unreadable ({e})') from None
+            raise DataError(f'{name}: image is truncated or unreadable ({" ".join(str(e).split())})') from None
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -123,8 +123,10 @@ class ArchiveImages:
                     rows.append((entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, deflated))
         except KeyError:
             raise DataError(f'{archive}: entry {self.path.stem}/{name} is missing') from None
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as e:
-            raise e if isinstance(e, DataError) else DataError(f'{archive}: is not a readable zip archive ({e})') from None
+        except DataError:
+            raise
+        except (OSError, EOFError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as e:
+            raise DataError(f'{archive}: is not a readable zip archive ({e})') from None
         self._entries = np.array(rows, np.int64).reshape(-1, 5)  # offset, bytes in the archive, bytes, checksum, deflated?
         self._handle = _Handle(archive, os.O_RDONLY)
 
@@ -144,7 +146,7 @@ class ArchiveImages:
             if head[:4] != b'PK\3\4':
                 raise ValueError('no entry begins there')
             data = _read_at(self._handle(), packed, offset + 30 + sum(struct.unpack('<HH', head[26:])))
-            data = zlib.decompress(data, -15, size) if deflated else data
+            data = zlib.decompressobj(-15).decompress(data, size + 1) if deflated else data  # no more than it says
             if zlib.crc32(data) != checksum:
                 raise ValueError('wrong checksum')
         except (OSError, EOFError, ValueError, zlib.error) as e:
@@ -228,8 +230,10 @@ class PixelCache:
             fd = self._handle()
             fcntl.lockf(fd, fcntl.LOCK_EX, 8, 8 * i)
             try:
-                if os.pread(fd, 8, 8 * i) != stamp:
-                    _write_at(fd, bytes(8), 8 * i)
+                if (old := os.pread(fd, 8, 8 * i)) != stamp:
+                    if any(old):
+                        _write_at(fd, bytes(8), 8 * i)
+                        os.fdatasync(fd)
                     _write_at(fd, pixels, int(self._offsets[i]))
                     os.fdatasync(fd)
                     _write_at(fd, stamp, 8 * i)

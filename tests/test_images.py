@@ -112,7 +112,11 @@ def test_a_writer_that_dies_leaves_nothing_to_be_read(some, tmp_path, monkeypatc
     cache = open_cache(tmp_path / 'cache', images, sizes, 1)
     cache.write(1, images.stamp(1), images.read(1))
     cv2.imwrite(str(images.file(1)), 255 - images.read(1))
-    monkeypatch.setattr(module.os, 'fdatasync', lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def die(fd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.os, 'fdatasync', die)
     for i in (0, 1):
         with pytest.raises(KeyboardInterrupt):
             cache.write(i, images.stamp(i), images.read(i))
