@@ -26,9 +26,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from .bootstrap import Matches, Resampled, bootstrap
-from .coco import COCO_KEYPOINTS, CocoPersons, KeypointSet, keypoints_to_image, normalize
+from .coco import CocoPersons, keypoints_to_image, normalize
 from .files import read_annotations, write_json
 from .heatmap import Heatmaps, flip_heatmaps
+from .keypoints import COCO_KEYPOINTS, KeypointSet
 
 # %% ../nbs/06_evaluate.ipynb #d0781e5c
 def _similarity(difference, area, sigmas):

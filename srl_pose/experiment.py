@@ -22,6 +22,7 @@ from torch import nn
 from .coco import Augmentation, CocoPersons
 from .files import DataError, project_root
 from .heatmap import Heatmaps
+from .keypoints import read_keypoint_set
 from .pose_net import PoseResNet, check_input_size
 
 # %% ../nbs/04a_experiment.ipynb #d99abb9c
@@ -68,10 +69,12 @@ class ModelParams(Section):
         self,
         *,
         pretrained: bool = True,  # load `weights` into the trunk?
+        num_keypoints: int = 17,  # heatmaps, a property of the data
     ) -> PoseResNet:
         "The network, initialised."
         arguments = self.model_dump(exclude={'backbone', 'weights'})
-        return PoseResNet(self.backbone, weights=self.weights if pretrained else None, **arguments)
+        weights = self.weights if pretrained else None
+        return PoseResNet(self.backbone, num_keypoints=num_keypoints, weights=weights, **arguments)
 
 # %% ../nbs/04a_experiment.ipynb #2c6624e9
 class AugmentationParams(Section):
@@ -80,6 +83,8 @@ class AugmentationParams(Section):
     rotation: Annotated[float, Field(ge=0, le=90)]  # standard deviation, degrees; clipped at twice
     rotation_probability: Fraction
     flip_probability: Fraction
+    half_body_probability: Fraction = 0.  # of upper or lower body only; 0 in the paper
+    dropout_probability: Fraction = 0.  # of a black rectangle; 0 in the paper
 
 
 class TrainParams(Section):
@@ -114,11 +119,17 @@ class MachineParams(Section):
     device: Literal['auto', 'cpu', 'cuda']
     processes: Positive | Literal['auto']  # training processes: one per GPU, on CPU one
     workers: Annotated[int, Field(ge=0)] | Literal['auto']  # loading processes per training process
+    image_cache_gb: Annotated[float, Field(ge=0)] = 0.  # of decoded images of one split, in outputs/image_cache; 0: none
 
     def torch_device(self) -> torch.device:
         "The device that is meant here."
         cuda = self.device == 'cuda' or (self.device == 'auto' and torch.cuda.is_available())
         return torch.device('cuda' if cuda else 'cpu')
+
+    def image_cache(self) -> dict:
+        "Whether and where `CocoPersons` keeps decoded images."
+        folder = project_root() / 'outputs' / 'image_cache' if self.image_cache_gb else None
+        return dict(image_cache=folder, cache_gb=self.image_cache_gb)
 
     def process_count(self) -> int:
         "Training processes."
@@ -149,9 +160,17 @@ class Experiment(Section):
             raise ValueError('evaluate.boxes is detector, but data.detections names no file')
         return self
 
-    def build_model(self, *, pretrained: bool = True) -> nn.Module:
-        "The network, initialised; `pretrained` loads `model.weights` into its trunk."
-        return self.model.build(pretrained=pretrained)
+    def build_model(
+        self,
+        *,
+        pretrained: bool = True,  # load `model.weights` into its trunk?
+        num_keypoints: int | None = None,  # heatmaps; None: as many as the training annotations name
+    ) -> nn.Module:
+        "The network, initialised."
+        if num_keypoints is None:
+            file = project_root() / self.data.root / 'annotations' / f'person_keypoints_{self.data.train}.json'
+            num_keypoints = len(read_keypoint_set(file))
+        return self.model.build(pretrained=pretrained, num_keypoints=num_keypoints)
 
     def build_heatmaps(self) -> Heatmaps:
         "Encoder and decoder of keypoints at this input size."
@@ -166,6 +185,7 @@ class Experiment(Section):
             augmentation=Augmentation(**self.train.augmentation.model_dump()),
             seed=self.train.seed,
             check_images=check_images,
+            **self.machine.image_cache(),
         )
 
     def val_set(self, boxes: Literal['detector', 'gt'] = 'gt', *, check_images: bool = False) -> CocoPersons:
@@ -176,12 +196,15 @@ class Experiment(Section):
             input_size=self.model.input_size,
             boxes='gt' if boxes == 'gt' else self.data.detections,
             check_images=check_images,
+            **self.machine.image_cache(),
         )
 
     def check_data(self) -> None:
         "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong."
-        self.train_set(check_images=True)
-        self.val_set(check_images=True)
+        train, val = self.train_set(check_images=True), self.val_set(check_images=True)
+        if train.keypoint_set.names != val.keypoint_set.names:
+            raise DataError(f'{val.annotation_file}: categories: keypoints are {", ".join(val.keypoint_set.names)}; '
+                            f'those of {train.annotation_file.name} are {", ".join(train.keypoint_set.names)}')
         if self.evaluate.boxes == 'detector':
             self.val_set('detector')
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from .coco import COCO_KEYPOINTS
+from .keypoints import COCO_KEYPOINTS
 from .figure import (CLOTH, SKIN, bounds, make_figure, paint_cones, random_look, random_pose, surface)
 from .files import write_json
 

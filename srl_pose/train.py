@@ -126,7 +126,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, Experiment, dict]:
     if content['format'] != CHECKPOINT_FORMAT:
         raise CheckpointError(f'{path}: format {content["format"]}, this version reads {CHECKPOINT_FORMAT}')
     experiment = Experiment.model_validate_json(json.dumps(content['experiment']))
-    model = experiment.build_model(pretrained=False)
+    head = content['model'].get('final_layer.weight', range(17))
+    model = experiment.build_model(pretrained=False, num_keypoints=len(head))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in content['model'].items()}
     for name in expected | found:

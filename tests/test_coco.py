@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srl_pose.coco import COCO_KEYPOINTS, Augmentation, CocoPersons, KeypointSet
+from srl_pose.coco import Augmentation, CocoPersons
 from srl_pose.files import DataError, read_annotations
 from srl_pose.heatmap import Heatmaps
+from srl_pose.keypoints import COCO_KEYPOINTS, KeypointSet
 
 SIZE = (96, 128)
 
@@ -285,26 +286,55 @@ def test_skipped_persons(root):
         assert len(CocoPersons(root, 'val', input_size=SIZE)) == 3
 
 
-def test_other_keypoints(root):
-    points = KeypointSet(('top', 'left', 'right'), (('left', 'right'),), (('top', 'left'),), (.05, .08, .08))
-    change('annotations', lambda d: d['categories'][0].update(keypoints=list(points.names)))(root)
+THREE = dict(keypoints=['top', 'left_end', 'right_end'], skeleton=[[1, 2], [1, 3]], sigmas=[.05, .08, .08])
+
+
+def three_keypoints(root, **category):
+    """Make the data set's persons ones of three keypoints."""
+    change('annotations', lambda d: d['categories'][0].update({**THREE, **category}))(root)
     keypoints = [60, 40, 2, 50, 60, 2, 70, 60, 1]
     change('annotations', lambda d: [a.update(keypoints=keypoints) for a in d['annotations']])(root)
+
+
+def test_other_keypoints(root):
+    points = KeypointSet(tuple(THREE['keypoints']), ((1, 2),), ((0, 1), (0, 2)), (.05, .08, .08))
+    three_keypoints(root)
     mirror = Augmentation(scale=0, rotation=0, flip_probability=1)
-    persons = CocoPersons(root, 'val', input_size=SIZE, keypoint_set=points, augmentation=mirror)
-    assert persons[0]['keypoints'].shape == (3, 2)
-    assert persons[0]['visible'].tolist() == [2, 1, 2]  # left and right exchanged
+    for given in (None, points):
+        persons = CocoPersons(root, 'val', input_size=SIZE, keypoint_set=given, augmentation=mirror)
+        assert persons.keypoint_set == points
+        assert persons[0]['keypoints'].shape == (3, 2)
+        assert persons[0]['visible'].tolist() == [2, 1, 2]  # left and right exchanged
+    change('annotations', lambda d: d['categories'][0].pop('sigmas'))(root)
+    assert len(CocoPersons(root, 'val', input_size=SIZE, keypoint_set=points)) == 3
+    with pytest.raises(DataError, match=rf'{FILE}: categories: .* so sigmas'):
+        CocoPersons(root, 'val', input_size=SIZE)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('category, message', [
+    (dict(sigmas=[.1] * 4), 'sigmas: 4 numbers for 3 keypoints'), (dict(sigmas=[.1, .1, 0]), 'sigmas: all must be positive'),
+    (dict(sigmas=None), 'sigmas must be a list'), (dict(flip_pairs=[['left_end', 4]]), "flip_pairs: unknown keypoint '4'"),
+    (dict(flip_pairs=[[1, 2], [2, 3]]), 'flip_pairs: a keypoint occurs twice'), (dict(flip_pairs=[[1, 2, 3]]), 'is not a pair'),
+    (dict(skeleton=[[0, 1]]), "skeleton: unknown keypoint '0'"), (dict(skeleton='x'), 'skeleton must be a list'),
+    (dict(keypoints=['a', 'b', 'a']), 'names: a keypoint occurs twice'), (dict(keypoints=[1, 2, 3]), 'keypoints must be names'),
+    (dict(keypoints=[]), 'keypoints must be names'), (dict(keypoints='abc'), 'keypoints must be a list')])
+def test_keypoints_that_make_no_sense(root, category, message):
+    three_keypoints(root, **category)
+    with pytest.raises(DataError) as caught:
+        CocoPersons(root, 'val', input_size=SIZE)
+    assert str(caught.value).startswith(f'{root / "annotations" / FILE}: categories: ') and message in str(caught.value)
+
+
+@pytest.mark.parametrize('workers', [0, 1, 2])
 def test_same_samples_for_any_worker_count(root, workers):
-    persons = CocoPersons(root, 'val', input_size=SIZE, augmentation=Augmentation(), seed=5)
+    augmentation = Augmentation(half_body_probability=0.5, dropout_probability=0.5)
+    persons = CocoPersons(root, 'val', input_size=SIZE, augmentation=augmentation, seed=5)
     loader = DataLoader(persons, batch_size=2, num_workers=workers, persistent_workers=workers > 0)
     for epoch in (0, 3, 1):
         persons.set_epoch(epoch)
         for batch in loader:
             for k, index in enumerate(batch['index'].tolist()):
-                fresh = CocoPersons(root, 'val', input_size=SIZE, augmentation=Augmentation(), seed=5)
+                fresh = CocoPersons(root, 'val', input_size=SIZE, augmentation=augmentation, seed=5)
                 fresh.set_epoch(epoch)
                 for name, value in fresh[index].items():
                     assert torch.equal(batch[name][k], value), (epoch, index, name)
@@ -348,7 +378,7 @@ def test_keypoints_follow_the_image(root, rotation):
 def test_nothing_but_arrays_per_person(root):
     """Workers share arrays; a list of a million objects they would copy."""
     persons = CocoPersons(root, 'val', input_size=SIZE)
-    for name, value in vars(persons).items():
+    for name, value in (vars(persons) | vars(persons._files)).items():
         if isinstance(value, np.ndarray):
             assert value.dtype != object and value.flags.c_contiguous, name
         else:

@@ -15,11 +15,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from srl_pose.bootstrap import Matches, bootstrap, compare
-from srl_pose.coco import COCO_KEYPOINTS, Augmentation, CocoPersons
+from srl_pose.coco import Augmentation, CocoPersons
 from srl_pose.evaluate import (METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict, run_cocoeval,
                                val2017_warnings)
 from srl_pose.files import DataError, project_root, write_json
 from srl_pose.heatmap import Heatmaps
+from srl_pose.keypoints import COCO_KEYPOINTS
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from srl_pose.coco import COCO_KEYPOINTS
+from srl_pose.keypoints import COCO_KEYPOINTS
 from srl_pose.sample import SEED, SPLITS, VERSION, make_image, make_sample
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'sample'

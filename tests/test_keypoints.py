@@ -1,0 +1,60 @@
+"""A data set with keypoints of its own, from its file to average precision."""
+import json
+
+import numpy as np
+import pytest
+
+from srl_pose.keypoints import COCO_KEYPOINTS
+from srl_pose.evaluate import evaluate
+from srl_pose.experiment import Experiment
+from srl_pose.files import DataError
+from srl_pose.sample import make_sample
+from srl_pose.train import load_checkpoint, train
+
+FIVE = 'nose left_wrist right_wrist left_ankle right_ankle'.split()
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Drawn people with five keypoints each; their category names them, their limbs and tolerances."""
+    root, kept = make_sample(tmp_path / 'data', train=6, val=4), [COCO_KEYPOINTS.names.index(name) for name in FIVE]
+    for split in ('train', 'val'):
+        file = root / f'annotations/person_keypoints_{split}.json'
+        data = json.loads(file.read_text())
+        sigmas = [COCO_KEYPOINTS.sigmas[k] for k in kept]
+        data['categories'] = [dict(id=1, name='person', keypoints=FIVE, skeleton=[[1, 2], [1, 3]], sigmas=sigmas)]
+        for a in data['annotations']:
+            five = np.reshape(a['keypoints'], (17, 3))[kept]
+            a.update(keypoints=five.ravel().tolist(), num_keypoints=int((five[:, 2] > 0).sum()))
+        file.write_text(json.dumps(data))
+    return Experiment.model_validate(dict(
+        set='five', name='none', data=dict(root=str(root), train='train', val='val', detections=None),
+        model=dict(backbone='resnet18', input_size=(32, 64), block=None, block_after=('deconv1',), block_options={},
+                   downsample=True, dilate=False, caffe=False, weights=None),
+        train=dict(epochs=1, batch_size=8, learning_rate=1e-3, warmup_epochs=0, lr_steps=(), lr_factor=0.1, seed=0,
+                   augmentation=dict(scale=0.3, rotation=40., rotation_probability=0.6, flip_probability=0.5)),
+        evaluate=dict(boxes='gt', flip_test=True, decoder='quarter', confidence_threshold=0.2, nms_threshold=0.9),
+        machine=dict(device='cpu', processes=1, workers=0)))
+
+
+def test_five_keypoints_train_and_evaluate(experiment, tmp_path):
+    experiment.check_data()
+    train(experiment, tmp_path / 'out')
+    model, restored, _ = load_checkpoint(tmp_path / 'out/model.pt')
+    assert model.final_layer.out_channels == 5
+    persons = restored.val_set()
+    assert persons.keypoint_set.names == tuple(FIVE) and persons.keypoint_set.flip_pairs == ((1, 2), (3, 4))
+    result = evaluate(model, persons)
+    assert result.keypoints.shape == (len(persons), 5, 2) and 0 <= result.metrics['AP'] <= 1
+    assert {len(entry['keypoints']) for entry in result.results} == {15}
+    (tmp_path / 'data').rename(tmp_path / 'elsewhere')  # a checkpoint needs no data
+    assert load_checkpoint(tmp_path / 'out/model.pt')[0].final_layer.out_channels == 5
+
+
+def test_splits_must_agree(experiment):
+    file = experiment.val_set().annotation_file
+    data = json.loads(file.read_text())
+    data['categories'][0]['keypoints'][0] = 'chin'
+    file.write_text(json.dumps(data))
+    with pytest.raises(DataError, match='person_keypoints_val.json: categories: keypoints are chin'):
+        experiment.check_data()
