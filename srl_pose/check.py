@@ -39,11 +39,11 @@ class Report:
         self._found = {}  # (level, split, kind) -> [count, messages]
 
     def add(self, level: str, split: str, kind: str, problem: Problem) -> None:
-        "Another problem; one that was found already is not counted again"
+        "Another problem"
         found = self._found.setdefault((level, split, kind), [0, []])
-        if str(problem) not in found[1]:
-            found[0] += 1
-            found[1] += [str(problem)] * (len(found[1]) < self.listed)
+        found[0] += 1
+        if found[0] <= self.listed:
+            found[1].append(str(problem))
 
     def findings(self, level: str) -> list[dict]:
         "All errors or all warnings: split, kind, count and the first messages"
@@ -420,8 +420,8 @@ def _check_split(root, split, detections, keypoint_set, report, workers):
     refused = lambda problem: add('error', problem.field, problem)
     report.counts[split] = {}
     file = root / 'annotations' / f'person_keypoints_{split}.json'
-    data = _read(file, add)
-    columns = check_annotations(data, file, keypoint_set.names, refused) if data is not None else None
+    data, readable = _read(file, add)
+    columns = check_annotations(data, file, keypoint_set.names, refused) if readable else None
     if columns is None:
         return (None, ()), {}
     images, annotations = columns
@@ -434,8 +434,8 @@ def _check_split(root, split, detections, keypoint_set, report, workers):
             refused(Problem(str(file), 'annotations', str(e).removeprefix(f'{file}: ')))
     needed = np.isin(images['id'], persons.image_id) if persons is not None else np.ones(len(images.entries), bool)
     if detections is not None:
-        data = _read(root / detections, add)
-        found = check_detections(data, root / detections, images['id'], refused) if data is not None else None
+        boxes, readable = _read(root / detections, add)
+        found = check_detections(boxes, root / detections, images['id'], refused) if readable else None
         if found is not None:
             counts |= check_boxes(images, annotations, found, add)
             needed |= np.isin(images['id'], found['image_id'])
@@ -445,16 +445,17 @@ def _check_split(root, split, detections, keypoint_set, report, workers):
 
 
 def _read(file, add):
-    "Contents of a JSON file, or None after the error was reported"
+    "Contents of a JSON file, and whether there are any; if not, the error was reported"
     try:
         data = read_json(file)
     except DataError as e:
-        return add('error', 'file', Problem(str(file), 'file', str(e).removeprefix(f'{file}: ')))
+        add('error', 'file', Problem(str(file), 'file', str(e).removeprefix(f'{file}: ')))
+        return None, False
     with open(file, 'rb') as f:
         start = f.read(4)
     if start.startswith(b'\xef\xbb\xbf') or b'\0' in start or start[:2] in (b'\xff\xfe', b'\xfe\xff'):
         add('warning', 'file', Problem(str(file), 'file', 'is not plain UTF-8 (a byte order mark or UTF-16), which other tools refuse'))
-    return data
+    return data, True
 
 
 def _check_leaks(root, opened, digests, report):
@@ -491,7 +492,7 @@ def draw_crops(
         item = persons[i]
         points = np.clip(item['keypoints'].numpy(), -1e4, 1e4)[None]
         crop = draw_poses(item['image'], points, item['visible'].numpy()[None], keypoint_set=persons.keypoint_set)
-        ax.imshow(crop.permute(1, 2, 0))
+        ax.imshow(crop.permute(1, 2, 0).numpy())
         ax.set_title(f'{persons.image_file(i).stem[-16:]}: {int((item["visible"] > 0).sum())}', fontsize=8)
     for ax in axes.flat:
         ax.axis('off')

@@ -134,6 +134,9 @@ class Columns:
     ):
         self.file, self.section, self.entries, self.report = str(file), section, entries, report
         self.columns, self.good = {}, {}  # of each field that was read: array (N, ...), which are good (N,)
+        self.objects = np.fromiter((isinstance(entry, dict) for entry in entries), bool, len(entries))
+        for i in np.flatnonzero(~self.objects).tolist():
+            report(Problem(self.file, section, f'{section}[{i}] is {shown(entries[i])}, not an object'))
 
     def __getitem__(self, field: str) -> np.ndarray:
         return self.columns[field]
@@ -152,7 +155,7 @@ class Columns:
     ) -> np.ndarray:  # (N,) or (N, length)
         "Field of all entries"
         count, shape = len(self.entries), () if length is None else (length,)
-        self.good[field], self.columns[field] = np.ones(count, bool), np.zeros((count, *shape), int if integer else float)
+        self.good[field], self.columns[field] = self.objects.copy(), np.zeros((count, *shape), int if integer else float)
         try:
             values = [entry[field] for entry in self.entries]
             column = np.array(values)
@@ -167,10 +170,9 @@ class Columns:
 
     def _read_singly(self, field, length, integer):
         what = 'a whole number' if integer else f'{length or 1} finite number{"s" * (length is not None)}, none beyond 1e10'
-        for i, entry in enumerate(self.entries):
-            if not isinstance(entry, dict):
-                self.bad(i, field, f' is {shown(entry)}, not an object')
-            elif field not in entry:
+        for i in np.flatnonzero(self.objects).tolist():
+            entry = self.entries[i]
+            if field not in entry:
                 self.bad(i, field, f' has no {field!r}')
             else:
                 try:
@@ -211,7 +213,7 @@ def check_below(
     folder: str | Path,  # that folder, in words
 ) -> None:
     "`DataError` unless a relative path stays below its folder"
-    if (not isinstance(name, str) or not name or _UNPRINTABLE.search(name) or os.path.isabs(name)
+    if (not isinstance(name, str) or not 0 < len(name) <= 1000 or _UNPRINTABLE.search(name) or os.path.isabs(name)
             or os.path.normpath(name).split(os.sep)[0] in ('.', '..')):
         raise DataError(f'{what} must be a path below {folder}, is {shown(name)}')
 
@@ -266,11 +268,11 @@ def check_annotations(
 
 
 def _check_names(images):
-    images.good['file_name'] = np.ones(len(images.entries), bool)
-    for i, entry in enumerate(images.entries):
-        if isinstance(entry, dict) and 'file_name' in entry:
+    images.good['file_name'] = images.objects.copy()
+    for i in np.flatnonzero(images.objects).tolist():
+        if 'file_name' in images.entries[i]:
             try:
-                check_below(entry['file_name'], '.file_name', 'the image folder')
+                check_below(images.entries[i]['file_name'], '.file_name', 'the image folder')
             except DataError as e:
                 images.bad(i, 'file_name', str(e))
         else:
