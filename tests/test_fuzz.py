@@ -115,9 +115,10 @@ def wrong_values():
         for section, fields in sections.items():
             for field in fields:
                 fitting = [v for v in VALUES if not harmless(name, section, field, v)]
-                lists = field in ('bbox', 'keypoints')
-                chosen = rng.sample([v for v in fitting if isinstance(v, list) == lists], 8) + rng.sample(fitting, 4)
-                yield from ((name, section, field, value) for value in chosen + ['dropped'])
+                kind = dict(bbox=list, keypoints=list, skeleton=list, file_name=str, name=str).get(field, (int, float))
+                near = [v for v in fitting if isinstance(v, kind)]
+                far = rng.sample([v for v in fitting if not isinstance(v, kind)], 4)
+                yield from ((name, section, field, value) for value in near + far + ['dropped'])
 
 
 @pytest.mark.parametrize('name,section,field,value', list(wrong_values()), ids=lambda v: re.sub(r'\W+', '-', repr(v))[:24])
@@ -188,7 +189,8 @@ BROKEN_ANNOTATIONS = {
     'nobody labelled': changed(lambda d: [a.update(keypoints=[0] * 51) for a in d['annotations']]),
     'only crowds': changed(lambda d: [a.update(iscrowd=1) for a in d['annotations']]),
     'no area': changed(lambda d: [a.update(area=0) for a in d['annotations']]),
-    'ids equal as floats': changed(lambda d: [d['images'][0].update(id=2**63), d['annotations'][0].update(image_id=2**63 - 1)])}
+    'ids equal as floats': changed(lambda d: [
+        *(a.update(image_id=2**63 - 1) for a in d['annotations'] if a['image_id'] == d['images'][0]['id']), d['images'][0].update(id=2**63)])}
 BROKEN_DETECTIONS = {
     'empty': text('[]'), 'nobody': changed(lambda d: [x.update(category_id=2) for x in d]),
     'none': changed(lambda d: d.append(None)), 'results of another set': changed(lambda d: [x.update(image_id=5) for x in d]),
