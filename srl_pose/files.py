@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'project_root', 'DataError', 'read_json', 'whole_file', 'write_json', 'Problem', 'refuse', 'shown',
            'Columns', 'check_below', 'check_annotations', 'read_annotations', 'check_detections', 'read_detections',
-           'check_image', 'read_image']
+           'check_image', 'read_image_bytes', 'decode_image', 'read_image']
 
 # %% ../nbs/03a_files.ipynb #0b133986
 import errno
+import io
 import json
 import os
 import re
@@ -223,11 +224,15 @@ def check_annotations(
     file: str | Path,  # its name, for messages
     keypoint_names: Sequence[str],  # that the file must have, in this order
     report: Callable[[Problem], None] = refuse,
+    *,
+    annotated: bool = True,  # must there be annotations? COCO's image_info files have none
 ) -> tuple[Columns, Columns] | None:  # images and annotations; None: the file has no such lists
     "Everything that must hold in a keypoint file"
     if not isinstance(data, dict):
         report(Problem(str(file), 'file', 'must be an object with images, annotations and categories'))
         return None
+    if not annotated:
+        data.setdefault('annotations', [])
     sections = 'images', 'annotations', 'categories'
     absent = [key for key in sections if not isinstance(data.get(key), list)]
     for key in absent:
@@ -282,10 +287,12 @@ def _check_names(images):
 def read_annotations(
     file: str | Path,  # in COCO's keypoint format
     keypoint_names: Sequence[str],  # that the file must have, in this order
+    *,
+    annotated: bool = True,  # must there be annotations? COCO's image_info files have none
 ) -> dict:  # the file's contents; iscrowd and num_keypoints filled in where absent
     "A COCO keypoint file, checked; `DataError` naming the first field that is missing or makes no sense"
     data = read_json(file)
-    check_annotations(data, file, keypoint_names)
+    check_annotations(data, file, keypoint_names, annotated=annotated)
     return data
 
 # %% ../nbs/03a_files.ipynb #c5c232fc
@@ -324,17 +331,17 @@ def read_detections(
 IMAGE_FORMATS = 'JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF'
 
 
-def _check_complete(file, head, tail):
-    "`DataError` unless the file starts and ends like a JPEG or decodes completely"
+def _check_complete(name, head, tail, content):
+    "`DataError` unless a file starts and ends like a JPEG or its content decodes completely"
     if not head:
-        raise DataError(f'{file}: image is empty')
+        raise DataError(f'{name}: image is empty')
     if head == b'\xff\xd8' and tail == b'\xff\xd9':
         return
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
+        with Image.open(content, formats=IMAGE_FORMATS) as image:
             image.load()
     except Exception as e:  # decoders raise anything over garbage
-        raise DataError(f'{file}: image is truncated or unreadable ({" ".join(str(e).split())})') from None
+        raise DataError(f'{name}: image is truncated or unreadable ({" ".join(str(e).split())})') from None
 
 
 def check_image(file: str | Path) -> None:
@@ -348,21 +355,33 @@ def check_image(file: str | Path) -> None:
         raise DataError(f'{file}: image is missing') from None
     except OSError as e:
         raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
-    _check_complete(file, head, tail)
+    _check_complete(file, head, tail, file)
 
 
-def read_image(file: str | Path) -> np.ndarray:  # (H, W, 3) uint8, OpenCV's BGR
-    "A whole image, its orientation tag ignored as in the original; `DataError` naming a file that does not decode"
+def read_image_bytes(file: str | Path) -> bytes:
+    "An image file as it is; `DataError` if it cannot be read"
     try:
         with _open(file) as f:
-            data = f.read()
+            return f.read()
     except OSError as e:
         raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
-    _check_complete(file, data[:2], data[-2:])
+
+
+def decode_image(
+    data: bytes,
+    name: str | Path,  # for messages
+) -> np.ndarray:  # (H, W, 3) uint8, OpenCV's BGR
+    "A whole image, its orientation tag ignored as in the original; `DataError` if it is empty, truncated or no image"
+    _check_complete(name, data[:2], data[-2:], io.BytesIO(data))
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
         image = None
     if image is None:
-        raise DataError(f'{file}: image cannot be decoded')
+        raise DataError(f'{name}: image cannot be decoded')
     return image
+
+
+def read_image(file: str | Path) -> np.ndarray:  # (H, W, 3) uint8, OpenCV's BGR
+    "The image in a file, see `decode_image`"
+    return decode_image(read_image_bytes(file), file)
