@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Fraction', 'Section', 'DataParams', 'ModelParams', 'AugmentationParams', 'TrainParams', 'EvaluateParams',
-           'MachineParams', 'Experiment', 'ParameterError', 'load_experiments', 'load_experiment', 'select', 'main']
+           'MachineParams', 'Experiment', 'ParameterError', 'load_experiments', 'load_experiment', 'select']
 
 # %% ../nbs/04a_experiment.ipynb #0b133986
-import argparse
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -301,24 +299,3 @@ def select(
         current.replace(root / 'experiments' / f'{before}.yaml')
         parked.replace(current)
     print(f'dvc repro now runs the set {name} on the data in {folder}')
-
-# %% ../nbs/04a_experiment.ipynb #b33e5d99
-def main(args: list[str] | None = None) -> int:
-    "The command `srl-pose`."
-    parser = argparse.ArgumentParser(prog='srl-pose', description='Spectral residual learning for human pose estimation.')
-    commands = parser.add_subparsers(dest='command', required=True)
-    command = commands.add_parser('select', help='choose the experiments that `dvc repro` runs')
-    command.add_argument('set', help='name of the set: sample, coco, lspet')
-    command.add_argument('--data', help='folder of its data set; without it, the embedded sample')
-    command = commands.add_parser('check-row', help='check all parameters, and all data that a row will read')
-    command.add_argument('row', help='name of a row of params.yaml')
-    options = parser.parse_args(args)
-    try:
-        if options.command == 'select':
-            select(options.set, options.data)
-        else:
-            load_experiment(options.row).check_data()
-    except (ParameterError, DataError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    return 0

@@ -11,7 +11,7 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import DataError, read_json
+from .files import DataError, open_regular, read_json
 
 # %% ../nbs/03b_keypoints.ipynb #7a9da682
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def category_keypoints(
 def _categories(file):
     "The value of `categories` in a COCO file, parsed alone where possible"
     try:
-        with open(file, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        with open_regular(file) as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
             before, key, after = text[max(text.rfind(b'"categories"'), 0):].partition(b'"categories"')
             return json.JSONDecoder().raw_decode(after.decode().lstrip(' \t\r\n:'))[0]
     except (OSError, ValueError, RecursionError):
