@@ -7,12 +7,13 @@ __all__ = ['VECTORS', 'FFT', 'LONGS', 'FLOATS', 'STRUCTURE', 'ROWS', 'MAP', 'THR
            'plan', 'Problem', 'thread_team', 'native_library', 'native_takes', 'run_native', 'native_rows',
            'native_map']
 
-# %% ../nbs/00c_native_fft.ipynb #897945f6
+# %% ../nbs/00c_native_fft.ipynb #afee2918
 import ctypes
 import hashlib
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -329,7 +330,7 @@ def thread_team() -> int | None:
             return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
         except (OSError, AttributeError): continue
 
-# %% ../nbs/00c_native_fft.ipynb #d1cd0e21
+# %% ../nbs/00c_native_fft.ipynb #fa69c730
 FLAGS = '-O3 -march=native -ffp-contract=fast -fno-math-errno -std=gnu11 -fPIC -shared -w'.split()
 
 def _processor() -> str:
@@ -352,23 +353,20 @@ def native_library(
         digest = hashlib.sha256('\0'.join((source, *command, version.decode(), _processor())).encode()).hexdigest()[:24]
         cache = cache or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'srl_pose'
         path = cache / f'{digest}.so'
-        if path.exists(): return ctypes.CDLL(str(path))
+        try: return ctypes.CDLL(str(path))
+        except OSError: pass  # not there, or broken
         with tempfile.TemporaryDirectory() as folder:
             own = Path(folder) / path.name
             subprocess.run([*command, '-x', 'c', '-', '-o', str(own)], input=source.encode(), capture_output=True,
                            timeout=300, check=True)
             library = ctypes.CDLL(str(own))  # loaded is loaded, also when the file is gone
-            try: _keep(own, path)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=path.parent) as beside: os.replace(shutil.copy(own, beside), path)
             except OSError: pass  # a cache that cannot be written: compile again next time
             return library
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return None
-
-def _keep(own: Path, path: Path) -> None:
-    "Copy a library into the cache, whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file: file.write(own.read_bytes())
-    os.replace(file.name, path)
 
 # %% ../nbs/00c_native_fft.ipynb #e7852b86
 def native_takes(

@@ -6,12 +6,12 @@
 __all__ = ['PRODUCT', 'FORWARD', 'INFERENCE', 'BACKWARD', 'SOURCE', 'panels', 'native_block', 'native_forward', 'native_backward',
            'native_inference']
 
-# %% ../nbs/00d_spectral_native.ipynb #b5782858
+# %% ../nbs/00d_spectral_native.ipynb #fdd9f1e0
 import ctypes
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .native_fft import TRANSFORMS, native_library, native_takes, run_native, thread_team
 
@@ -189,7 +189,7 @@ void srl_backward(const problem *p) {
 }
 '''
 
-# %% ../nbs/00d_spectral_native.ipynb #902291c8
+# %% ../nbs/00d_spectral_native.ipynb #a2d934f8
 SOURCE = TRANSFORMS + PRODUCT + FORWARD + INFERENCE + BACKWARD
 
 def native_block(
@@ -198,10 +198,10 @@ def native_block(
 ) -> ctypes.CDLL | None:
     "The library if it can process this map here, else None."
     if x.dtype != torch.float32 or x.device.type != 'cpu' or not len(x) or not native_takes(x.shape, groups): return None
-    if os.environ.get('SRL_POSE_NATIVE') == '0' or torch.jit.is_tracing(): return None
+    if os.environ.get('SRL_POSE_NATIVE') == '0' or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter): return None
     if thread_team() is None and torch.get_num_threads() > 1: return None
     try: x.data_ptr()
-    except RuntimeError: return None  # not really there: fake, batched, ...
+    except RuntimeError: return None  # no memory of its own: inside vmap and the like
     return native_library(SOURCE)
 
 def _together(batch: int, groups: int) -> int:
