@@ -63,7 +63,9 @@ def layout_of(x: Tensor) -> torch.memory_format:
     "The memory format in which a map of these strides is processed: contiguous if it is, else channels_last."
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
-def sliced_forward(x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps, groups) -> tuple[Tensor, list[Tensor]]:
+def sliced_forward(
+    x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps, groups,
+) -> tuple[Tensor, list[Tensor]]:
     "The block's output in the layout of x, and z, y, mean and scale of each slice."
     out, saved, layout = torch.empty_like(x), [], layout_of(x)
     for part, n in group_slices(x.shape, groups):
@@ -110,7 +112,7 @@ class SpectralTraining(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps, groups):
-        ctx.eps, ctx.groups, ctx.native = eps, groups, native_block(x, groups)
+        ctx.eps, ctx.groups, ctx.native = eps, groups, native_block(x, groups, weight, bias, gamma, beta, alpha)
         ctx.layout = layout_of(x)
         x = x.contiguous(memory_format=ctx.layout)
         if ctx.native:
@@ -119,7 +121,8 @@ class SpectralTraining(torch.autograd.Function):
             running_mean.lerp_(kept['mean'], momentum)
             running_var.lerp_(kept['var'] * (n / (n - 1)), momentum)
         else:
-            out, saved = sliced_forward(x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps, groups)
+            out, saved = sliced_forward(x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps,
+                                        groups)
         ctx.save_for_backward(weight, gamma, beta, alpha, *saved)
         return out
 
@@ -135,7 +138,8 @@ class SpectralTraining(torch.autograd.Function):
                 kept = dict(zip(ctx.names, saved, strict=True))
                 d_x, *rest = native_backward(ctx.native, grad, weight, alpha, ctx.eps, kept, ctx.needs_input_grad[0])
             else:
-                d_x, *rest = sliced_backward(grad, weight, gamma, beta, alpha, ctx.eps, ctx.groups, saved, ctx.needs_input_grad[0])
+                d_x, *rest = sliced_backward(grad, weight, gamma, beta, alpha, ctx.eps, ctx.groups, saved,
+                                             ctx.needs_input_grad[0])
             factor = 2 / grad.shape[2:].numel()
             d_weight, d_bias, d_gamma, d_beta = rest
             d_alpha = ((gamma * d_gamma).sum() + (beta * d_beta).sum()) * factor
@@ -151,11 +155,12 @@ def spectral_inference(
 ) -> Tensor:
     "x + alpha * irfft2(ReLU(BN(conv1x1(rfft2(x))))) with running statistics."
     slope = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    x, layout = x.contiguous(memory_format=layout_of(x)), layout_of(x)
+    if library := native_block(x, conv.groups, conv.weight, conv.bias, slope, alpha):  # scale and shift cost nothing
+        shift = bn.bias - bn.running_mean * slope
+        return native_inference(library, x, conv.weight, conv.bias, slope, shift, alpha, conv.groups)
     weight = conv.weight * slope[:, None, None, None]
     bias = torch.addcmul(bn.bias, conv.bias - bn.running_mean, slope)
-    x, layout = x.contiguous(memory_format=layout_of(x)), layout_of(x)
-    if library := native_block(x, conv.groups):
-        return native_inference(library, x, weight, bias, torch.ones_like(slope), torch.zeros_like(slope), alpha, conv.groups)
     out = torch.empty_like(x)
     for part, n in group_slices(x.shape, conv.groups):
         both = slice(2 * part.start, 2 * part.stop)
@@ -177,7 +182,8 @@ def fast_forward(
     plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and type(relu) is nn.ReLU
     if not plain or x.device.type != 'cpu' or x.dtype not in (torch.float32, torch.float64): return None
     if torch.compiler.is_compiling(): return None
-    if any(t is None or t.dtype != x.dtype for t in (alpha, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean)): return None
+    tensors = (alpha, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean)
+    if any(t is None or t.dtype != x.dtype or t.device != x.device for t in tensors): return None
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (conv, bn, relu)): return None
     if not bn.training:
         return None if torch.is_grad_enabled() else spectral_inference(x, alpha, conv, bn)

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from srl_pose.native import native_library
 from srl_pose.spectral import SpectralBlock, TransformBlock
 from srl_pose.spectral_fast import group_slices
-from srl_pose.spectral_native import SOURCE, native_block, native_library
+from srl_pose.spectral_native import SOURCE, native_block
 from srl_pose.transforms import CosineBlock, OrthogonalBlock
 
 FAMILY = {'fft': (SpectralBlock, {}), 'lo': (OrthogonalBlock, {'alpha': True}), 'dct': (CosineBlock, {})}
