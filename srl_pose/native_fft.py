@@ -180,14 +180,16 @@ typedef struct {{
 }} problem;
 '''
 
-# %% ../nbs/00d_native_fft.ipynb #31d975c8
+# %% ../nbs/00d_native_fft.ipynb #32dbf741
 ROWS = r'''
 typedef struct { cv *grid, *a, *b, *c, *spare; float *rows, *block; } space;  // of one thread
 
 INLINE void gather(const problem *p, const float *x, cv *a) {  // a row of 16 channels
     const long n = p->W, channel = p->channel, step = p->step;
-    if (channel == 1) for (long w = 0; w < n; w++) a[w] = (cv){load(x + w * step), load(x + w * step + 8)};
-    else if (n < 8) {
+    if (channel == 1) for (long w = 0; w < n; w++) {
+        __builtin_prefetch(x + w * step + p->line);  // strides of C floats are too wide for the processor's own guess
+        a[w] = (cv){load(x + w * step), load(x + w * step + 8)};
+    } else if (n < 8) {
         for (long w = 0; w < n; w++) for (int c = 0; c < 8; c++) {
             a[w].re[c] = x[c * channel + w];
             a[w].im[c] = x[(c + 8) * channel + w];
@@ -227,11 +229,13 @@ static void map_to_rows(const problem *p, const float *x, float *rows, float edg
 }
 '''
 
-# %% ../nbs/00d_native_fft.ipynb #0052f4ce
+# %% ../nbs/00d_native_fft.ipynb #4ccd3a14
 MAP = r'''
 INLINE void scatter(const problem *p, const cv *a, const float *x, float scale, float *out) {  // a row of 16 channels
     const long n = p->W, channel = p->channel, step = p->step;
     if (channel == 1) for (long w = 0; w < n; w++) {
+        __builtin_prefetch(x + w * step + p->line);
+        __builtin_prefetch(out + w * step + p->line, 1);
         store(out + w * step, load(x + w * step) + scale * a[w].im);
         store(out + w * step + 8, load(x + w * step + 8) + scale * a[w].re);
     } else if (n < 8) {
