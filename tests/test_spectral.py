@@ -1,13 +1,18 @@
 """The spectral family against torch alone, and what the notebooks leave out."""
 import copy
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from srl_pose.native import native_library
 from srl_pose.spectral import SpectralBlock, TransformBlock
 from srl_pose.spectral_fast import group_slices
+from srl_pose.spectral_native import SOURCE, native_block
 from srl_pose.transforms import CosineBlock, OrthogonalBlock
 
 FAMILY = {'fft': (SpectralBlock, {}), 'lo': (OrthogonalBlock, {'alpha': True}), 'dct': (CosineBlock, {})}
@@ -167,3 +172,55 @@ def test_original_orthogonal_checkpoint(prefix):
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+ONE_STEP = """
+import sys, torch
+from srl_pose.spectral import SpectralBlock
+from srl_pose.spectral_native import native_block
+torch.manual_seed(0)
+block, x = SpectralBlock(128), torch.randn(2, 128, 12, 9, requires_grad=True)
+torch.nn.init.ones_(block.alpha)
+y = block(x)
+y.square().sum().backward()
+torch.save([y.detach(), x.grad, block.conv_layer.weight.grad, block.bn.running_var], sys.argv[1])
+print(native_block(x, 8) is not None)
+"""
+
+
+def one_step(out, cache, **environment):
+    """Start a fresh process that saves outputs and gradients and says whether they are native; warnings are errors."""
+    return subprocess.Popen([sys.executable, '-W', 'error', '-c', ONE_STEP, out], stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, 'XDG_CACHE_HOME': str(cache), **environment})
+
+
+@pytest.mark.skipif(native_library(SOURCE) is None, reason='no C compiler')
+def test_processes_compile_at_once_and_others_do_without(tmp_path):
+    (tmp_path / 'file').touch()
+    environments = {'first': {}, 'second': {}, 'switched off': {'SRL_POSE_NATIVE': '0'}, 'broken': {'CC': 'false'},
+                    'missing': {'PATH': str(tmp_path)}, 'nowhere': {'XDG_CACHE_HOME': str(tmp_path / 'file')}}
+    started = {name: one_step(tmp_path / name, tmp_path / 'cache', **more) for name, more in environments.items()}
+    native = {name: process.communicate(timeout=300)[0].strip() for name, process in started.items()}
+    assert native == dict.fromkeys(('first', 'second', 'nowhere'), 'True') | dict.fromkeys(('switched off', 'broken', 'missing'), 'False')
+    assert [path.suffix for path in (tmp_path / 'cache' / 'srl_pose').iterdir()] == ['.so']
+    results = {name: torch.load(tmp_path / name) for name in environments}
+    for name, result in results.items():
+        for ours, first in zip(result, results['first'], strict=True):
+            torch.testing.assert_close(ours, first, rtol=0, atol=0 if native[name] == 'True' else 1e-5 * first.abs().max().item())
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_native_training_step_of_the_usual_size(layout):
+    torch.manual_seed(0)
+    block, x = SpectralBlock(256), torch.randn(2, 256, 64, 48).contiguous(memory_format=layout)
+    if native_block(x, 8) is None:
+        pytest.skip('no C compiler')
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    results = []
+    for b, t in ((copy.deepcopy(block), x.clone()), (copy.deepcopy(block).double(), x.double())):
+        y = (SpectralBlock if b.alpha.dtype == torch.float32 else TransformBlock).forward(b, t.requires_grad_())
+        y.square().sum().backward()
+        results.append([y, t.grad, *(p.grad for name, p in b.named_parameters() if name != 'conv_layer.bias'), *b.buffers()])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() <= 3e-6 * exact.abs().max()
