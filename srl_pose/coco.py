@@ -96,9 +96,14 @@ def crop_matrix(
     scale: np.ndarray,  # (2,) in units of 200 pixels
     input_size: tuple[int, int],  # (w, h) of the crop
     rotation: float = 0.,  # in degrees
+    unbiased: bool = False,  # UDP's warp: lengths are distances between pixel centres, w - 1 and h - 1?
 ) -> np.ndarray:  # (2, 3) float64, from image to crop pixels
     "Affine map of a crop by the original's three-point construction, with its float32 points"
     w, h = input_size
+    if unbiased:
+        size, (sin, cos) = np.array([w - 1, h - 1.]), (f(np.deg2rad(rotation)) for f in (np.sin, np.cos))
+        turn = (size / (np.asarray(scale, np.float64) * 200))[:, None] * np.array([[cos, sin], [-sin, cos]])
+        return np.concatenate([turn, (size / 2 - turn @ np.asarray(center, np.float64))[:, None]], 1)
     angle, up = np.deg2rad(rotation), float(scale[0]) * -100
     corner = lambda a, b: b + np.array([b[1] - a[1], a[0] - b[0]], np.float32)  # completes a right angle at b
     src = np.zeros((3, 2), np.float32)
@@ -119,10 +124,12 @@ def keypoints_to_image(
     center: np.ndarray,  # (N, 2) in image pixels
     scale: np.ndarray,  # (N, 2) in units of 200 pixels
     input_size: tuple[int, int],  # (w, h) of the crop
+    unbiased: bool = False,  # as the crops were made, see `crop_matrix`
 ) -> np.ndarray:  # (N, K, 2) float32 in image pixels
     "Keypoints of upright crops, back in their images"
-    pixel = np.asarray(scale, np.float64)[:, None, :1] * 200 / input_size[0]  # image pixels per crop pixel
-    moved = (np.asarray(keypoints, np.float64) - np.array(input_size) / 2) * pixel + np.asarray(center)[:, None]
+    size, scale = np.array(input_size) - unbiased, np.asarray(scale, np.float64)[:, None]
+    pixel = scale * 200 / size if unbiased else scale[..., :1] * 200 / size[0]  # image pixels per crop pixel
+    moved = (np.asarray(keypoints, np.float64) - size / 2) * pixel + np.asarray(center)[:, None]
     return moved.astype(np.float32)
 
 # %% ../nbs/04_coco.ipynb #0030a29a
