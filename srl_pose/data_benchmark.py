@@ -144,7 +144,7 @@ def decode_ours(
 def benchmark_evaluation(
     *,
     input_size: tuple[int, int] = (192, 256),  # (w, h)
-    batch: int = 32,  # persons decoded at a time
+    batch: int = 64,  # persons decoded at a time
     crowd: int = 60,  # persons of an image to suppress
     rounds: int = 25,
 ) -> list[dict]:  # one row per step and way
@@ -164,9 +164,9 @@ def benchmark_evaluation(
     suppress = dict(keypoints=poses, areas=image['area'], scores=image['score'], sigmas=sigmas)
     steps = {
         'decode': (batch, {'original': partial(trial, partial(decode_plain, maps.numpy(), *place), 1)} | {
-            name: partial(trial, partial(decode_ours, maps, *place, decoder), 5) for name, decoder in decoders.items()}),
+            name: partial(trial, partial(decode_ours, maps, *place, decoder), 10) for name, decoder in decoders.items()}),
         'OKS-NMS': (crowd, {'original': partial(trial, partial(nms_plain, **suppress), 1),
-                            'ours': partial(trial, partial(oks_nms, **suppress), 5)}),
+                            'ours': partial(trial, partial(oks_nms, **suppress), 10)}),
     }
     rows = []
     for step, (persons, trials) in steps.items():
@@ -182,7 +182,7 @@ def benchmark_results(
     *,
     number: int = 104_125,  # detections
     input_size: tuple[int, int] = (192, 256),  # (w, h)
-    batch: int = 32,
+    batch: int = 64,
 ) -> list[dict]:  # one row per step, and their sum
     "Seconds from generated heatmaps to a results file, on one core"
     codec = Heatmaps(input_size)
