@@ -80,10 +80,12 @@ def keypoints_to_image(
     center: np.ndarray,  # (N, 2) in image pixels
     scale: np.ndarray,  # (N, 2) in units of 200 pixels
     input_size: tuple[int, int],  # (w, h) of the crop
+    unbiased: bool = False,  # as the crops were made, see `crop_matrix`
 ) -> np.ndarray:  # (N, K, 2) float32 in image pixels
     "Keypoints of upright crops, back in their images"
-    pixel = np.asarray(scale, np.float64)[:, None, :1] * 200 / input_size[0]  # image pixels per crop pixel
-    moved = (np.asarray(keypoints, np.float64) - np.array(input_size) / 2) * pixel + np.asarray(center)[:, None]
+    size, scale = np.array(input_size) - unbiased, np.asarray(scale, np.float64)[:, None]
+    pixel = scale * 200 / size if unbiased else scale[..., :1] * 200 / size[0]  # image pixels per crop pixel
+    moved = (np.asarray(keypoints, np.float64) - size / 2) * pixel + np.asarray(center)[:, None]
     return moved.astype(np.float32)
 
 # %% ../nbs/04_coco.ipynb #0030a29a

@@ -72,6 +72,8 @@ def predict(
     heatmaps, pairs = heatmaps or Heatmaps(dataset.input_size), dataset.keypoint_set.flip_pairs
     if heatmaps.input_size != dataset.input_size:
         raise ValueError(f'heatmaps: are for input_size {heatmaps.input_size}, the data set has {dataset.input_size}')
+    if heatmaps.unbiased != dataset.unbiased:
+        raise ValueError(f'heatmaps: decoder {heatmaps.decoder} needs a data set with unbiased={heatmaps.unbiased}')
     if device is not None:
         model.to(device)
     device = next((p.device for p in model.parameters()), torch.device(device or 'cpu'))
@@ -89,14 +91,16 @@ def predict(
                 if maps.shape != expected:
                     raise ValueError(f'model: gives {tuple(maps.shape)}, the data set needs {expected}')
                 if flip_test:
-                    maps = (maps + flip_heatmaps(model(images.flip(-1)), pairs)) / 2
+                    mirrored = flip_heatmaps(model(images.flip(-1)), pairs, shift=heatmaps.flip_shift)
+                    maps = (maps + mirrored) / 2
                 found.append([x.float().cpu().numpy() for x in heatmaps.decode(maps)])
     finally:
         model.train(training)
     keypoints, scores = map(np.concatenate, zip(*found))
     if not np.isfinite(scores).all():
         raise ValueError('model: gives heatmaps that are not finite')
-    return keypoints_to_image(keypoints, dataset.center[chosen], dataset.scale[chosen], dataset.input_size), scores
+    places = dataset.center[chosen], dataset.scale[chosen], dataset.input_size
+    return keypoints_to_image(keypoints, *places, unbiased=heatmaps.unbiased), scores
 
 # %% ../nbs/06_evaluate.ipynb #3c901fa3
 def rescore(
@@ -254,18 +258,11 @@ class Evaluation:
         return path
 
 
-def _codec(dataset, decoder):
-    "Reads the heatmaps of a data set; `ValueError` for an unknown decoder"
-    if decoder != 'quarter':
-        raise ValueError(f'decoder: {decoder!r} must be quarter')
-    return Heatmaps(dataset.input_size)
-
-
 def evaluate(
     model: nn.Module,  # maps images (B, 3, H, W) to heatmaps (B, K, H/4, W/4)
     dataset: CocoPersons,  # of upright crops
     *,
-    decoder: str = 'quarter',  # of `Heatmaps`
+    heatmaps: Heatmaps | None = None,  # of `predict`
     flip_test: bool = True,  # average with the prediction for the mirrored image?
     confidence_threshold: float = 0.2,  # of `rescore`
     nms_threshold: float = 0.9,  # of `oks_nms`
@@ -279,7 +276,7 @@ def evaluate(
     for name, value in (('confidence_threshold', confidence_threshold), ('nms_threshold', nms_threshold)):
         if not 0 <= value <= 1:
             raise ValueError(f'{name}: {value!r} must be 0 to 1')
-    heatmaps, points, annotated = _codec(dataset, decoder), dataset.keypoint_set, dataset.annotated
+    heatmaps, points, annotated = heatmaps or Heatmaps(dataset.input_size), dataset.keypoint_set, dataset.annotated
     keypoints, scores = predict(model, dataset, heatmaps=heatmaps, flip_test=flip_test, batch_size=batch_size,
                                 device=device, workers=workers, bgr=bgr)
     results = coco_results(dataset.image_id, keypoints, scores, dataset.score, dataset.area, sigmas=points.sigmas,
@@ -290,7 +287,7 @@ def evaluate(
         split=dataset.split, annotation_file=file.relative_to(dataset.root).as_posix(), images=None, persons=None,
         boxes='gt' if dataset.boxes == 'gt' else 'detector', box_file=box_file.relative_to(dataset.root).as_posix(),
         box_sha256=hashlib.sha256(box_file.read_bytes()).hexdigest(), num_boxes=len(dataset), results=len(results),
-        input_size=list(dataset.input_size), flip_test=flip_test, flip_shift=flip_test, decoder=decoder,
+        input_size=list(dataset.input_size), flip_test=flip_test, flip_shift=flip_test and heatmaps.flip_shift, decoder=heatmaps.decoder,
         confidence_threshold=confidence_threshold, nms_threshold=nms_threshold, color_order='BGR' if bgr else 'RGB')
     if not annotated:
         return Evaluation({}, settings, results, keypoints, scores, {})

@@ -42,7 +42,7 @@ class DataParams(Section):
 
 # %% ../nbs/04a_experiment.ipynb #7b729ab4
 class ModelParams(Section):
-    "The arguments of `PoseResNet`."
+    "The arguments of `PoseResNet`, and of the `Heatmaps` it is trained on."
     backbone: str  # torchvision's name
     input_size: tuple[Positive, Positive]  # (w, h) px
     block: str | None  # short name of the block, None for the simple baseline
@@ -51,6 +51,7 @@ class ModelParams(Section):
     downsample: bool  # stride 2 in layer3 and layer4? if not, one transposed convolution suffices
     dilate: bool  # without downsampling: dilated convolutions in layer3 and layer4?
     caffe: bool  # stride in the first 1x1 convolution of a bottleneck?
+    decoder: Literal['quarter', 'none', 'dark', 'udp']  # of `Heatmaps`: how targets are drawn and maps are read
     weights: str | None  # trunk: torchvision weights name or local file
 
     @field_validator('input_size')
@@ -70,7 +71,7 @@ class ModelParams(Section):
         num_keypoints: int = 17,  # heatmaps, a property of the data
     ) -> PoseResNet:
         "The network, initialised."
-        arguments = self.model_dump(exclude={'backbone', 'weights'})
+        arguments = self.model_dump(exclude={'backbone', 'decoder', 'weights'})
         weights = self.weights if pretrained else None
         return PoseResNet(self.backbone, num_keypoints=num_keypoints, weights=weights, **arguments)
 
@@ -106,7 +107,6 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     "How average precision is measured."
     boxes: Literal['detector', 'gt']  # person boxes: a detector's, or the annotated ones
-    decoder: Literal['quarter']  # how keypoints are read from heatmaps
     flip_test: bool  # average with the mirrored image?
     confidence_threshold: Fraction  # keypoints above it count in a person's score
     nms_threshold: Fraction  # OKS above which the lower-scored of two persons is dropped
@@ -171,8 +171,8 @@ class Experiment(Section):
         return self.model.build(pretrained=pretrained, num_keypoints=num_keypoints)
 
     def build_heatmaps(self) -> Heatmaps:
-        "Encoder and decoder of keypoints at this input size."
-        return Heatmaps(self.model.input_size)
+        "Encoder and decoder of keypoints."
+        return Heatmaps(self.model.input_size, decoder=self.model.decoder)
 
     def train_set(self, *, check_images: bool = False) -> CocoPersons:
         "Augmented training persons, in annotated boxes."
@@ -182,6 +182,7 @@ class Experiment(Section):
             input_size=self.model.input_size,
             augmentation=Augmentation(**self.train.augmentation.model_dump()),
             seed=self.train.seed,
+            unbiased=self.build_heatmaps().unbiased,
             check_images=check_images,
             **self.machine.image_cache(),
         )
@@ -193,6 +194,7 @@ class Experiment(Section):
             self.data.val,
             input_size=self.model.input_size,
             boxes='gt' if boxes == 'gt' else self.data.detections,
+            unbiased=self.build_heatmaps().unbiased,
             check_images=check_images,
             **self.machine.image_cache(),
         )

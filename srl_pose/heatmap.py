@@ -8,10 +8,10 @@ __all__ = ['Heatmaps', 'flip_order', 'flip_heatmaps', 'heatmap_loss', 'heatmap_a
 # %% ../nbs/03_heatmap.ipynb #0b133986
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
 
 import torch
 
+from .decoders import DECODERS, brightest
 from .pose_net import check_input_size
 
 # %% ../nbs/03_heatmap.ipynb #a1ac6488
@@ -26,8 +26,8 @@ class Heatmaps:
     input_size: tuple[int, int]  # (w, h) of the network's input, multiples of 32
     _: KW_ONLY
     stride: int = 4  # input pixels per heatmap cell
-    decoder: ClassVar[str] = 'quarter offset'  # stated with every result
     sigma: int | None = None  # of the Gaussian, in cells; None: 3 if the map is at least 96 high, else 2
+    decoder: str = 'quarter'  # quarter, none, dark or udp, see `DECODERS`
 
     def __post_init__(self):
         object.__setattr__(self, 'input_size', check_input_size(self.input_size))
@@ -37,47 +37,67 @@ class Heatmaps:
             object.__setattr__(self, 'sigma', 3 if self.size[1] >= 96 else 2)
         if self.sigma != int(self.sigma) or self.sigma <= 0:
             raise ValueError(f'sigma: {self.sigma!r} must be a positive whole number of cells, or None')
+        if self.decoder not in DECODERS:
+            raise ValueError(f'decoder: {self.decoder!r} must be one of {", ".join(DECODERS)}')
+        if self.unbiased and min(self.size) < 2:
+            raise ValueError(f'decoder: {self.decoder!r} needs maps of at least 2 x 2 cells, not {self.size}')
 
     @property
     def size(self) -> tuple[int, int]:
         "(w, h) of a heatmap"
         return self.input_size[0] // self.stride, self.input_size[1] // self.stride
 
+    @property
+    def unbiased(self) -> bool:
+        "Does the decoder need UDP's lengths, in the warp of the crops too?"
+        return DECODERS[self.decoder].unbiased
+
+    @property
+    def flip_shift(self) -> bool:
+        "Must maps of the mirrored input be moved one cell to the right? See `flip_heatmaps`"
+        return not self.unbiased
+
+    @property
+    def unit(self) -> tuple[float, float]:
+        "Input pixels from one cell to the next, in x and y"
+        if self.unbiased:
+            return tuple((n - 1) / (cells - 1) for n, cells in zip(self.input_size, self.size))
+        return float(self.stride), float(self.stride)
+
     def encode(
         self,
         keypoints: torch.Tensor,  # (B, K, 2) in input pixels
         visible: torch.Tensor,  # (B, K), positive where labelled
     ) -> tuple[torch.Tensor, torch.Tensor]:  # heatmaps (B, K, h, w) and weights (B, K), both float32
-        "Targets: a Gaussian on the rounded cell of each labelled keypoint; weight 0 and an empty map for the others"
+        "Targets: a Gaussian on each labelled keypoint, its cell or its true place; weight 0 and an empty map for the others"
         if keypoints.ndim != 3 or keypoints.shape[-1] != 2 or visible.shape != keypoints.shape[:2]:
             shapes = f'{tuple(keypoints.shape)}, {tuple(visible.shape)}'
             raise ValueError(f'keypoints, visible: {shapes} must be (B, K, 2), (B, K)')
-        (w, h), r = self.size, 3 * self.sigma
-        centre = (keypoints / self.stride + 0.5).trunc()  # (B, K, 2)
-        touches = ((centre - r < centre.new_tensor([w, h])) & (centre + r + 1 >= 0)).all(-1)
+        (w, h), r, rounded = self.size, 3 * self.sigma, DECODERS[self.decoder].rounded
+        place = keypoints / torch.tensor(self.unit, device=keypoints.device)  # (B, K, 2) in cells
+        cell = (place + 0.5).trunc()
+        touches = ((cell - r < cell.new_tensor([w, h])) & (cell + r + 1 >= 0)).all(-1)
         weights = (touches & (visible > 0)).float()  # (B, K)
+        centre = cell if rounded else place
         x, y = (_grid(n, keypoints) - centre[..., i, None] for i, n in enumerate((w, h)))  # (B, K, w), (B, K, h)
-        gx, gy = (torch.exp(-d**2 / (2 * self.sigma**2)) * (d.abs() <= r) for d in (x, y))
+        gx, gy = (torch.exp(-d**2 / (2 * self.sigma**2)) * (d.abs() <= r if rounded else 1) for d in (x, y))
         return ((gy * weights[..., None])[..., None] * gx[..., None, :]).float(), weights
 
     def decode(
         self,
         heatmaps: torch.Tensor,  # (B, K, h, w)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # keypoints (B, K, 2) in input pixels, peak values (B, K)
-        "Peak of each map, moved a quarter cell towards the brighter neighbour; coordinate 0 where no value is positive"
+        "Peak of each map, read by the decoder; coordinate 0 where no value is positive"
         w, h = self.size
         if heatmaps.ndim != 4 or heatmaps.shape[-2:] != (h, w):
             shape = tuple(heatmaps.shape)
             raise ValueError(f'heatmaps: {shape} must be (B, K, {h}, {w}) for input_size {self.input_size}')
-        flat = heatmaps.flatten(2)
-        peak = flat.argmax(-1, keepdim=True)  # (B, K, 1)
-        scores = flat.gather(-1, peak)
-        peak = peak * (scores > 0)
-        px, py = peak % w, peak // w
-        inside = (px > 1) & (px < w - 1) & (py > 1) & (py < h - 1)
-        step = lambda d: (flat.gather(-1, (peak + d) % (h * w)) - flat.gather(-1, (peak - d) % (h * w))).sign()
-        offset = torch.cat([step(1), step(w)], -1) * inside  # (B, K, 2)
-        return (torch.cat([px, py], -1) + 0.25 * offset.float()) * self.stride, scores.squeeze(-1)
+        cell, scores = brightest(heatmaps)
+        positive = scores > 0
+        cell = cell * positive
+        x, y = cell % w, cell // w
+        offset = DECODERS[self.decoder].offset(heatmaps, x, y, self.sigma).where(positive[..., None], 0)
+        return (torch.stack([x, y], -1) + offset) * torch.tensor(self.unit, device=heatmaps.device), scores
 
 # %% ../nbs/03_heatmap.ipynb #7c78d815
 def flip_order(

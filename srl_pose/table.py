@@ -151,7 +151,7 @@ HEADERS.insert(HEADERS.index('AP') + 1, 'AP, 95 %')
 def _ours(row: Row) -> list[str]:
     e, m = row.experiment, row.measured
     cells = [e.name, e.model.backbone, '{}×{}'.format(*e.model.input_size), e.model.block or '–', e.evaluate.boxes,
-             'yes' if e.evaluate.flip_test else 'no', e.evaluate.decoder]
+             'yes' if e.evaluate.flip_test else 'no', e.model.decoder]
     if not m:
         return cells + ['not run'] * (len(HEADERS) - len(cells))
     numbers = [_number(m[k]) for k in METRICS]
@@ -217,7 +217,7 @@ def to_csv(rows: list[Row]) -> str:
             'set': e.set, 'row': e.name, 'backbone': e.model.backbone, 'width': e.model.input_size[0],
             'height': e.model.input_size[1], 'block': e.model.block or 'none', 'boxes': e.evaluate.boxes,
             'box_file': m.get('evaluation', {}).get('box_file'), 'flip_test': e.evaluate.flip_test,
-            'decoder': e.evaluate.decoder, 'params': m.get('params'), 'flops': m.get('flops'),
+            'decoder': e.model.decoder, 'params': m.get('params'), 'flops': m.get('flops'),
             'training_seconds': m.get('training', {}).get('seconds'), **{column(k, row.boxes): v for k, v in values.items()},
             'compared_with': first, **{f'difference_{k}': getattr(d, k, None) for k in paired},
             **{f'paper_{k}': p.get(k) for k in (*METRICS, 'GFLOPs', 'Mparams')},

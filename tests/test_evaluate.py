@@ -284,9 +284,9 @@ def test_nothing_to_warn_of():
     assert val2017_warnings(settings | dict(boxes='gt', num_boxes=6352)) == []
 
 
-def test_wrong_decoder_before_work(val):
-    with pytest.raises(ValueError, match="decoder: 'half'"):
-        evaluate(None, val, decoder='half')
+def test_heatmaps_that_do_not_fit_the_crops_before_work(val):
+    with pytest.raises(ValueError, match='decoder udp needs a data set with unbiased=True'):
+        evaluate(None, val, heatmaps=Heatmaps(val.input_size, decoder='udp'))
     with pytest.raises(ValueError, match='heatmaps: are for input_size'):
         predict(Model(), val, heatmaps=Heatmaps((64, 96)))
 

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from srl_pose.coco import keypoints_to_image
+from srl_pose.coco import CocoPersons, keypoints_to_image
+from srl_pose.decoders import DECODERS
+from srl_pose.files import project_root
 from srl_pose.heatmap import Heatmaps, flip_heatmaps, heatmap_accuracy, heatmap_loss
 
 
@@ -35,23 +37,55 @@ def test_decode_golden(golden):
     assert np.array_equal(scores.numpy(), golden['decode|maxvals'][..., 0])
 
 
+@pytest.mark.parametrize('decoder', DECODERS)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_decode_keeps_the_peaks_of_other_types(dtype):
-    codec = Heatmaps((96, 128))
+def test_decode_keeps_the_peaks_of_other_types(dtype, decoder):
+    codec = Heatmaps((96, 128), decoder=decoder)
     keypoints = torch.rand(4, 17, 2, generator=torch.Generator().manual_seed(0)) * 60 + 12
     heatmaps = codec.encode(keypoints, torch.ones(4, 17))[0]
-    assert torch.equal(codec.decode(heatmaps.to(dtype))[0].float(), codec.decode(heatmaps)[0])
+    decoded, scores = codec.decode(heatmaps.to(dtype))
+    assert decoded.dtype == torch.float32 and scores.dtype == dtype
+    same = DECODERS[decoder].rounded or dtype == torch.float64  # else the peak's values are rounded, and its neighbour may win
+    cells = 1e-6 if same else 0.05
+    assert (decoded - codec.decode(heatmaps)[0]).abs().max() <= cells * codec.stride
+
+
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_round_trip(decoder):
+    """Keypoints, drawn and decoded: in any memory layout, together or one person at a time."""
+    codec = Heatmaps((192, 256), decoder=decoder)
+    keypoints = torch.rand(4, 17, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([130., 194]) + 30
+    heatmaps, weights = codec.encode(keypoints, torch.ones(4, 17))
+    decoded, scores = codec.decode(heatmaps)
+    assert weights.all() and (decoded - keypoints).abs().max() <= (2 if DECODERS[decoder].rounded else 0.01)
+    assert scores.min() >= (1 if DECODERS[decoder].rounded else np.exp(-2 * 0.51**2 / 8))  # half a cell off in x and in y
+    assert torch.equal(codec.decode(heatmaps.to(memory_format=torch.channels_last))[0], decoded)
+    for person, place in zip(heatmaps, decoded):
+        assert torch.allclose(codec.decode(person[None])[0][0], place, atol=1e-4)
+
+
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_one_bad_map_spoils_no_other(decoder):
+    codec = Heatmaps((96, 64), decoder=decoder)
+    heatmaps = codec.encode(torch.rand(1, 5, 2) * 60, torch.ones(1, 5))[0]
+    broken = heatmaps.clone()
+    broken[0, 2] = float('nan')
+    (good, _), (found, scores) = codec.decode(heatmaps), codec.decode(broken)
+    others = [0, 1, 3, 4]
+    assert torch.allclose(found[0, others], good[0, others], atol=1e-4)
+    assert found[0, 2].tolist() == [0, 0] and scores[0, 2].isnan()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_same_numbers_on_gpu():
-    codec = Heatmaps((192, 256))
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_same_numbers_on_gpu(decoder):
+    codec = Heatmaps((192, 256), decoder=decoder)
     keypoints, visible = torch.rand(8, 17, 2) * 300 - 40, torch.randint(0, 3, (8, 17))
     heatmaps, weights = codec.encode(keypoints, visible)
     on_gpu, gpu_weights = codec.encode(keypoints.cuda(), visible.cuda())
     assert torch.allclose(on_gpu.cpu(), heatmaps, atol=1e-6) and torch.equal(gpu_weights.cpu(), weights)
-    noise = torch.randn(8, 17, 64, 48)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(codec.decode(noise), codec.decode(noise.cuda())))
+    noisy, atol = heatmaps + 0.01 * torch.randn(8, 17, 64, 48), 0 if DECODERS[decoder].rounded else 1e-2
+    assert all(torch.allclose(a, b.cpu(), atol=atol, rtol=0) for a, b in zip(codec.decode(noisy), codec.decode(noisy.cuda())))
 
 
 def test_empty_batch():
@@ -81,3 +115,20 @@ def test_flip_does_not_touch_its_input():
     before = heatmaps.clone()
     flip_heatmaps(heatmaps, ((0, 1), (2, 3))).zero_()
     assert torch.equal(heatmaps, before)
+
+
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_from_image_to_image(decoder):
+    """Crops, targets, decoding and the way back share one convention: labelled keypoints of the sample return to their pixels."""
+    codec = Heatmaps((192, 256), decoder=decoder)
+    persons = CocoPersons(project_root() / 'sample', 'val', input_size=(192, 256), unbiased=codec.unbiased)
+    items = [persons[i] for i in range(48)]
+    maps, weights = codec.encode(*(torch.stack([item[name] for item in items]) for name in ('keypoints', 'visible')))
+    decoded, _ = codec.decode(maps)
+    found = keypoints_to_image(decoded.numpy(), persons.center[:48], persons.scale[:48], (192, 256), unbiased=codec.unbiased)
+    pixel = persons.scale[:48, :1] * 200 / 192  # image pixels per crop pixel
+    error = np.abs(found - persons.keypoints[:48]).max(-1)[weights.numpy() > 0] / np.broadcast_to(pixel, (48, 17))[weights.numpy() > 0]
+    cell = (decoded / torch.tensor(codec.unit)).numpy()
+    inside = ((cell > 3) & (cell < np.array(codec.size) - 4)).all(-1)[weights.numpy() > 0]  # maps cut by a border are less exact
+    assert inside.sum() > 500
+    assert error[inside].max() < (2.01 if DECODERS[decoder].rounded else 0.2)

@@ -30,10 +30,10 @@ def experiment(tmp_path):
     return Experiment.model_validate(dict(
         set='five', name='none', data=dict(root=str(root), train='train', val='val', detections=None),
         model=dict(backbone='resnet18', input_size=(32, 64), block=None, block_after=('deconv1',), block_options={},
-                   downsample=True, dilate=False, caffe=False, weights=None),
+                   downsample=True, dilate=False, caffe=False, decoder='quarter', weights=None),
         train=dict(epochs=1, batch_size=8, learning_rate=1e-3, warmup_epochs=0, lr_steps=(), lr_factor=0.1, seed=0,
                    augmentation=dict(scale=0.3, rotation=40., rotation_probability=0.6, flip_probability=0.5)),
-        evaluate=dict(boxes='gt', flip_test=True, decoder='quarter', confidence_threshold=0.2, nms_threshold=0.9),
+        evaluate=dict(boxes='gt', flip_test=True, confidence_threshold=0.2, nms_threshold=0.9),
         machine=dict(device='cpu', processes=1, workers=0)))
 
 

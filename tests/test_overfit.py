@@ -34,10 +34,10 @@ def test_a_few_real_persons_are_learned_by_heart(external, tmp_path):
         data=dict(root=str(tmp_path / 'data'), train='train', val='val', detections=None),
         model=dict(backbone='resnet18', input_size=(192, 256), block='fft',
                    block_after=('deconv1', 'deconv2', 'deconv3'), block_options={}, downsample=True, dilate=False,
-                   caffe=False, weights=None),
+                   caffe=False, decoder='quarter', weights=None),
         train=dict(epochs=5, batch_size=4, learning_rate=1e-3, warmup_epochs=1, lr_steps=(4,), lr_factor=0.1, seed=0,
                    augmentation=dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)),
-        evaluate=dict(boxes='gt', decoder='quarter', flip_test=False, confidence_threshold=0.2, nms_threshold=0.9),
+        evaluate=dict(boxes='gt', flip_test=False, confidence_threshold=0.2, nms_threshold=0.9),
         machine=dict(device='auto', processes=1, workers=0),
     ))
     train(experiment, tmp_path / 'out')
