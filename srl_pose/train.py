@@ -31,7 +31,7 @@ from .coco import CocoPersons, keypoints_to_image, normalize
 from .experiment import Experiment, ParameterError, load_experiment
 from .files import DataError, project_root, write_json
 from .heatmap import Heatmaps, heatmap_accuracy, heatmap_loss
-from .launch import die_with_dvc, launch, process_group, rank_and_world, started_by_launcher
+from .launch import die_with_dvc, die_with_parent, launch, process_group, rank_and_world, started_by_launcher
 from .recipe import Updater, synchronise_batchnorm, training_mode
 from .watch import Curves, Progress, Stopwatch, prediction_page, say, silent, time_shares
 
@@ -406,6 +406,7 @@ def train(
     "Train one experiment on this machine, with as many processes as `machine.processes` says, or as one that torchrun started."
     machine, out = experiment.machine, Path(out)
     if started_by_launcher():
+        die_with_parent()
         with process_group(machine.torch_device()):
             return fit(experiment, out, resume)
     processes = machine.process_count()
