@@ -94,6 +94,17 @@ class TrainParams(Section):
     warmup_epochs: Annotated[float, Field(ge=0)]  # epochs over which the rate rises from 0, 0 in the paper
     lr_steps: tuple[Positive, ...]  # epochs after which the rate is multiplied by `lr_factor`
     lr_factor: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal['step', 'cosine']  # falls at `lr_steps`, as in the paper, or along half a cosine to 0
+    fused_adam: bool  # one kernel for all parameters?
+    precision: Literal['fp32', 'bf16', 'fp16']  # of matrix products and convolutions; spectra stay in fp32
+    compile: bool  # torch.compile the network?
+    gradient_clip: Annotated[float, Field(gt=0)] | None  # largest norm of the gradient
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None  # per step, of a moving average of the weights to keep instead
+    sync_batchnorm: bool  # statistics over all processes?
+    freeze: tuple[Literal['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'deconv'], ...]  # layers that do not learn
+    start_from: str | None  # checkpoint to start from, ours or the original's; relative to the project
+    validate_every: Positive  # epochs
+    validate_ap: bool  # average precision in annotated boxes, too? Then it chooses the best checkpoint
     seed: Annotated[int, Field(ge=0)]
     augmentation: AugmentationParams
 
@@ -102,6 +113,12 @@ class TrainParams(Section):
         if list(value) != sorted(set(value)):
             raise ValueError(f'epochs must increase, not {list(value)}')
         return value
+
+    @model_validator(mode='after')
+    def _every_number_counts(self):
+        if self.schedule == 'cosine' and self.lr_steps:
+            raise ValueError(f'lr_steps: must be [] with schedule cosine, not {list(self.lr_steps)}')
+        return self
 
 
 class EvaluateParams(Section):
@@ -118,6 +135,12 @@ class MachineParams(Section):
     processes: Positive | Literal['auto']  # training processes: one per GPU, on CPU one
     workers: Annotated[int, Field(ge=0)] | Literal['auto']  # loading processes per training process
     image_cache_gb: Annotated[float, Field(ge=0)] = 0.  # of decoded images of one split, in outputs/image_cache; 0: none
+    persons_at_once: Positive | Literal['auto']  # that fit into the memory of a process; more are accumulated
+    checkpoint_seconds: Annotated[float, Field(gt=0)]  # at most so long, about, between two checkpoints
+    checkpoint_steps: Positive | None  # and at most so many optimiser steps
+    restarts: Annotated[int, Field(ge=0)]  # times that dead training processes are started again
+    progress_seconds: Annotated[float, Field(ge=0)]  # between two lines of the log
+    tensorboard: bool  # write event files, too?
 
     def torch_device(self) -> torch.device:
         "The device that is meant here."
@@ -201,6 +224,8 @@ class Experiment(Section):
 
     def check_data(self) -> None:
         "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong."
+        if self.train.start_from is not None and not (project_root() / self.train.start_from).is_file():
+            raise DataError(f'{project_root() / self.train.start_from}: no such file (train.start_from)')
         train, val = self.train_set(check_images=True), self.val_set(check_images=True)
         if train.keypoint_set.names != val.keypoint_set.names:
             raise DataError(f'{val.annotation_file}: categories: keypoints are {", ".join(val.keypoint_set.names)}; '

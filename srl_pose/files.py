@@ -74,6 +74,11 @@ def whole_file(
         with partial.open('rb') as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name has to be on the disk, too
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
 

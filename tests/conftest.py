@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from srl_pose.experiment import load_experiments
+from srl_pose.files import project_root
+
 
 @pytest.fixture(scope='session')
 def external() -> Path:
@@ -14,3 +17,10 @@ def external() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f'SRL_POSE_EXTERNAL={folder} is not a folder')
     return Path(folder).resolve()
+
+
+@pytest.fixture
+def sample_row() -> dict:
+    "The row fft of the sample as plain values, to be changed into the experiment of a test."
+    files = (project_root() / 'params.yaml', project_root() / 'experiments' / 'sample.yaml')
+    return load_experiments(next(f for f in files if f.exists() and 'set: sample' in f.read_text()))['fft'].model_dump()

@@ -4,10 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from srl_pose.keypoints import COCO_KEYPOINTS
 from srl_pose.evaluate import evaluate
 from srl_pose.experiment import Experiment
 from srl_pose.files import DataError
+from srl_pose.keypoints import COCO_KEYPOINTS
 from srl_pose.sample import make_sample
 from srl_pose.train import load_checkpoint, train
 
@@ -15,7 +15,7 @@ FIVE = 'nose left_wrist right_wrist left_ankle right_ankle'.split()
 
 
 @pytest.fixture
-def experiment(tmp_path):
+def experiment(tmp_path, sample_row):
     """Drawn people with five keypoints each; their category names them, their limbs and tolerances."""
     root, kept = make_sample(tmp_path / 'data', train=6, val=4), [COCO_KEYPOINTS.names.index(name) for name in FIVE]
     for split in ('train', 'val'):
@@ -27,14 +27,12 @@ def experiment(tmp_path):
             five = np.reshape(a['keypoints'], (17, 3))[kept]
             a.update(keypoints=five.ravel().tolist(), num_keypoints=int((five[:, 2] > 0).sum()))
         file.write_text(json.dumps(data))
-    return Experiment.model_validate(dict(
-        set='five', name='none', data=dict(root=str(root), train='train', val='val', detections=None),
-        model=dict(backbone='resnet18', input_size=(32, 64), block=None, block_after=('deconv1',), block_options={},
-                   downsample=True, dilate=False, caffe=False, decoder='quarter', weights=None),
-        train=dict(epochs=1, batch_size=8, learning_rate=1e-3, warmup_epochs=0, lr_steps=(), lr_factor=0.1, seed=0,
-                   augmentation=dict(scale=0.3, rotation=40., rotation_probability=0.6, flip_probability=0.5)),
-        evaluate=dict(boxes='gt', flip_test=True, confidence_threshold=0.2, nms_threshold=0.9),
-        machine=dict(device='cpu', processes=1, workers=0)))
+    sample_row['data'] = dict(root=str(root), train='train', val='val', detections=None)
+    sample_row['model'] |= dict(input_size=(32, 64), block=None, block_after=('deconv1',))
+    sample_row['train'] |= dict(epochs=1, batch_size=8, warmup_epochs=0, lr_steps=())
+    sample_row['evaluate'] |= dict(boxes='gt')
+    sample_row['machine'] |= dict(device='cpu', processes=1, workers=0, image_cache_gb=0)
+    return Experiment.model_validate(sample_row)
 
 
 def test_five_keypoints_train_and_evaluate(experiment, tmp_path):

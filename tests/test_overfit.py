@@ -27,19 +27,16 @@ def few_persons(source, root, persons, copies):
         (root / 'images' / split).symlink_to(source / 'images' / 'val2017')
 
 
-def test_a_few_real_persons_are_learned_by_heart(external, tmp_path):
+def test_a_few_real_persons_are_learned_by_heart(external, tmp_path, sample_row):
     few_persons(external / 'data' / 'coco-mini', tmp_path / 'data', persons=4, copies=24)
-    experiment = Experiment.model_validate(dict(
-        set='overfit', name='fft',
-        data=dict(root=str(tmp_path / 'data'), train='train', val='val', detections=None),
-        model=dict(backbone='resnet18', input_size=(192, 256), block='fft',
-                   block_after=('deconv1', 'deconv2', 'deconv3'), block_options={}, downsample=True, dilate=False,
-                   caffe=False, decoder='quarter', weights=None),
-        train=dict(epochs=5, batch_size=4, learning_rate=1e-3, warmup_epochs=1, lr_steps=(4,), lr_factor=0.1, seed=0,
-                   augmentation=dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)),
-        evaluate=dict(boxes='gt', flip_test=False, confidence_threshold=0.2, nms_threshold=0.9),
-        machine=dict(device='auto', processes=1, workers=0),
-    ))
+    values = sample_row
+    values['data'] = dict(root=str(tmp_path / 'data'), train='train', val='val', detections=None)
+    values['model'] |= dict(input_size=(192, 256))
+    values['train'] |= dict(epochs=5, batch_size=4, learning_rate=1e-3, warmup_epochs=1, lr_steps=(4,))
+    values['train']['augmentation'] = dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)
+    values['evaluate'] |= dict(boxes='gt', flip_test=False)
+    values['machine'] |= dict(processes=1, workers=0)
+    experiment = Experiment.model_validate(values)
     train(experiment, tmp_path / 'out')
     model, _, _ = load_checkpoint(tmp_path / 'out' / 'model.pt')
     metrics = evaluate(model, experiment.val_set(), flip_test=False).metrics

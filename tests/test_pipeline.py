@@ -9,22 +9,25 @@ ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
 
 
-def modules_behind(*names):
+def modules_behind(*names, without=frozenset()):
     """The modules of the package that `names` import, directly or not, and `names` themselves."""
-    found, todo = set(), list(names)
+    found, todo = set(without), list(names)
     while todo:
         name = todo.pop()
         if name not in found:
             found.add(name)
             tree = ast.parse((ROOT / 'srl_pose' / f'{name}.py').read_text())
             todo += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
-    return found
+    return found - without
+
+
+LOOKS_ON = {'evaluate'}  # training draws pages and measures AP with it, but no weight depends on it
 
 
 @pytest.mark.parametrize('stage,modules', [('train', ['train', 'experiment']), ('evaluate', ['evaluate', 'experiment', 'flops'])])
 def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules):
     named = {Path(dep).stem for dep in STAGES[stage]['do']['deps'] if dep.endswith('.py')}
-    assert named == modules_behind(*modules)
+    assert named == modules_behind(*modules, without=LOOKS_ON if stage == 'train' else frozenset())
 
 
 def test_the_table_depends_on_its_own_code_and_all_metrics():

@@ -1,0 +1,68 @@
+"""Killed, interrupted and failing training: nothing is lost, nobody is left behind, and the reason is shown."""
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from srl_pose.checkpoint import read_checkpoint
+from srl_pose.survive import Command, kill_one, make_project, survive
+
+
+def weights(project):
+    return read_checkpoint(project / 'outputs' / 'rows' / 'tiny' / 'model.pt')['model']
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+    """The short form of `python -m srl_pose.survive`, and the folder of its projects."""
+    folder = tmp_path_factory.mktemp('survive') / 'work'
+    return survive(folder, {'dvc repro': ['rank 0', 'dvc repro'], 'torchrun': ['launcher']}, epochs=2), folder
+
+
+def test_killed_training_ends_with_the_same_weights(killed):
+    report, _ = killed
+    assert report['passed'], json.dumps(report, indent=1)
+    assert report['survived'] == 3 and all(s['identical'] for s in report['series'])
+
+
+def test_a_killed_worker_is_started_again_by_the_engine(killed, tmp_path):
+    project = make_project(tmp_path / 'project', epochs=2)
+    params = project / 'params.yaml'
+    params.write_text(params.read_text().replace('restarts: 0', 'restarts: 1'))
+    command = Command('python', project, 0)
+    found = kill_one(command, 'worker', 5, 0.0)
+    assert found['killed'] == 'worker' and found['status'] == 0 and found['orphans'] == []
+    assert 'continuing at epoch' in command.log.read_text()
+    expected = weights(killed[1] / 'untouched')
+    assert all(torch.equal(t, expected[name]) for name, t in weights(project).items())
+
+
+def test_ctrl_c_leaves_nobody_behind(tmp_path):
+    project = make_project(tmp_path / 'project', epochs=3)
+    command = Command('dvc repro', project, 0)
+    while command.process.poll() is None and len(command.positions()) < 4:
+        command.family()
+        time.sleep(0.1)
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+    assert command.wait(60) != 0
+    assert command.left_over() == []
+    assert read_checkpoint(project / 'outputs' / 'rows' / 'tiny' / 'last.pt')['training']['step'] > 0
+
+
+def test_a_failing_stage_shows_the_traceback_of_its_worker(tmp_path):
+    """An image that only decoding finds out to be broken: the reason is on the terminal and in the executed notebook."""
+    project = make_project(tmp_path / 'project', epochs=1, images=6)
+    params = project / 'params.yaml'
+    params.write_text(params.read_text().replace('restarts: 0', 'restarts: 1'))
+    broken = sorted((project / 'data' / 'images' / 'train').iterdir())[0]
+    broken.write_bytes(b'\xff\xd8' + bytes(500) + b'\xff\xd9')
+    command = Command('dvc repro', project, 0)
+    assert command.wait() != 0
+    notebook = (project / 'outputs' / 'rows' / 'tiny' / 'train.ipynb').read_text()
+    for text in (command.log.read_text(), notebook):
+        assert f'{broken.name}: image cannot be decoded' in text and 'also after 1 restarts' in text
+        assert 'in read_image' in text  # the worker's own traceback
+    assert command.left_over() == []
+    assert not (project / 'outputs' / 'rows' / 'tiny' / 'model.pt').exists()
