@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch.utils.data import default_collate
 
 from .benchmark import machine, median_ratio, take_turns, write_csv
@@ -317,14 +318,17 @@ def plot_data(
         axes[0].bar_label(bars, [f'{r["ratio"]:.1f}×' for r in loading if r['way'] == way], fontsize=7)
     axes[0].set_xticks(range(len(sizes)), sizes)
     axes[0].set(title='loading', ylabel='training samples per second and core')
-    axes[0].legend(fontsize=7)
+    axes[0].margins(y=0.1 + 0.1 * len(ways))
+    axes[0].legend(fontsize=7, loc='upper right', ncols=2)
     names = [f'{r["step"]}: {r["way"]}' for r in evaluation]
     bars = axes[1].barh(names, [r['persons_per_second'] for r in evaluation],
                         color=['C0' if r['way'] == 'original' else 'C1' for r in evaluation])
     axes[1].bar_label(bars, [f'{r["ratio"]:.1f}×' for r in evaluation], fontsize=7)
     axes[1].set(title='evaluation', xlabel='persons per second', xscale='log')
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
+    axes[1].margins(x=0.1)
     axes[1].invert_yaxis()
-    kinds = {'peak_mib': 'peak', 'kept_mib': 'kept', 'worker_mib': 'per further process'}
+    kinds = {'peak_mib': 'peak', 'kept_mib': 'kept', 'worker_mib': 'per further\nprocess'}
     for i, row in enumerate(opening):
         bars = axes[2].bar(np.arange(3) + 0.4 * i - 0.2, [row[k] for k in kinds], 0.4, label=f'{row["way"]}: {row["seconds"]:.1f} s')
         axes[2].bar_label(bars, fmt='%.0f', fontsize=7)
