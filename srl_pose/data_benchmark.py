@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
@@ -262,19 +263,22 @@ def measure_opening(
     for _ in range(workers):
         child = os.fork()
         if not child:
+            failed = 1
             try:
                 _touch(opened)
-            finally:
-                os.write(ready[1], b'.')
-                os.read(done[0], 1)  # stay until measured
-                os._exit(0)
+                failed = 0
+            except Exception:
+                traceback.print_exc()
+            os.write(ready[1], b'.')
+            os.read(done[0], 1)  # stay until measured
+            os._exit(failed)
         children.append(child)
     for _ in children:
         os.read(ready[0], 1)
     together = sum(_kilobytes(f'{process}/smaps_rollup', 'Pss') for process in (os.getpid(), *children))
     os.write(done[1], b'.' * workers)
-    for child in children:
-        os.waitpid(child, 0)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        raise RuntimeError(f'{way}: a process that looked at all persons failed, see above')
     return dict(seconds=seconds, peak_mib=(peak - before) / 1024, kept_mib=(kept - before) / 1024, worker_mib=(together - alone) / workers / 1024)
 
 
