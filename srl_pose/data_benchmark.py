@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import count
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch.utils.data import default_collate
 
 from .benchmark import machine, median_ratio, take_turns, write_csv
@@ -261,19 +263,22 @@ def measure_opening(
     for _ in range(workers):
         child = os.fork()
         if not child:
+            failed = 1
             try:
                 _touch(opened)
-            finally:
-                os.write(ready[1], b'.')
-                os.read(done[0], 1)  # stay until measured
-                os._exit(0)
+                failed = 0
+            except Exception:
+                traceback.print_exc()
+            os.write(ready[1], b'.')
+            os.read(done[0], 1)  # stay until measured
+            os._exit(failed)
         children.append(child)
     for _ in children:
         os.read(ready[0], 1)
     together = sum(_kilobytes(f'{process}/smaps_rollup', 'Pss') for process in (os.getpid(), *children))
     os.write(done[1], b'.' * workers)
-    for child in children:
-        os.waitpid(child, 0)
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        raise RuntimeError(f'{way}: a process that looked at all persons failed, see above')
     return dict(seconds=seconds, peak_mib=(peak - before) / 1024, kept_mib=(kept - before) / 1024, worker_mib=(together - alone) / workers / 1024)
 
 
@@ -317,14 +322,17 @@ def plot_data(
         axes[0].bar_label(bars, [f'{r["ratio"]:.1f}×' for r in loading if r['way'] == way], fontsize=7)
     axes[0].set_xticks(range(len(sizes)), sizes)
     axes[0].set(title='loading', ylabel='training samples per second and core')
-    axes[0].legend(fontsize=7)
+    axes[0].margins(y=0.1 + 0.1 * len(ways))
+    axes[0].legend(fontsize=7, loc='upper right', ncols=2)
     names = [f'{r["step"]}: {r["way"]}' for r in evaluation]
     bars = axes[1].barh(names, [r['persons_per_second'] for r in evaluation],
                         color=['C0' if r['way'] == 'original' else 'C1' for r in evaluation])
     axes[1].bar_label(bars, [f'{r["ratio"]:.1f}×' for r in evaluation], fontsize=7)
     axes[1].set(title='evaluation', xlabel='persons per second', xscale='log')
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
+    axes[1].margins(x=0.1)
     axes[1].invert_yaxis()
-    kinds = {'peak_mib': 'peak', 'kept_mib': 'kept', 'worker_mib': 'per further process'}
+    kinds = {'peak_mib': 'peak', 'kept_mib': 'kept', 'worker_mib': 'per further\nprocess'}
     for i, row in enumerate(opening):
         bars = axes[2].bar(np.arange(3) + 0.4 * i - 0.2, [row[k] for k in kinds], 0.4, label=f'{row["way"]}: {row["seconds"]:.1f} s')
         axes[2].bar_label(bars, fmt='%.0f', fontsize=7)

@@ -44,10 +44,13 @@ def quarter_offset(
 ) -> torch.Tensor:  # (B, K, 2) as x, y in cells
     "A quarter cell towards the brighter neighbour, as in SimpleBaseline (arXiv:1804.06208); none at the border"
     h, w = heatmaps.shape[-2:]
-    inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
-    cells = (y * w + x)[..., None] + torch.tensor([1, w, -1, -w], device=x.device)
-    around = heatmaps.flatten(2).gather(-1, cells % (h * w))  # right, below, left, above
-    return 0.25 * (around[..., :2] - around[..., 2:]).sign().float() * inside[..., None]
+    if min(h, w) < 4:  # nothing is inside
+        return no_offset(heatmaps, x, y, sigma)
+    column, row = x.clamp(2, w - 2), y.clamp(2, h - 2)
+    cells = (row * w + column)[..., None] + torch.tensor([1, w, -1, -w], device=x.device)
+    after, before = heatmaps.flatten(2).gather(-1, cells).chunk(2, -1)  # right and below, left and above
+    inside = (column == x) & (row == y)
+    return (after - before).sign().float() * torch.where(inside, 0.25, 0)[..., None]
 
 # %% ../nbs/03d_decoders.ipynb #cc25a1af
 def _modulation(sigma, reach, device):

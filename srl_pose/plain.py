@@ -43,6 +43,8 @@ class PlainLoader:
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict]:
         person = self.persons[index]
         image = cv2.imread(person['image'], cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        if image is None:
+            raise FileNotFoundError(f"{person['image']}: not a readable image file; the original's way reads no archives")
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
         center, scale = person['center'].copy(), person['scale'].copy()
         joints, visible, angle = person['joints'].copy(), person['visible'].copy(), 0.
