@@ -7,26 +7,28 @@ __all__ = ['check', 'draw_crops']
 
 # %% ../nbs/04c_check.ipynb #c4ec1003
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from .coco import COCO_KEYPOINTS, CocoPersons, KeypointSet
+from .coco import CocoPersons, split_files
 from .evaluate import draw_poses
 from .files import (
     DataError, Problem, check_annotations, check_below, check_detections, read_json, whole_file, write_json)
-from .findings import Report, check_boxes, check_categories, check_images, check_persons
+from .findings import Report, check_boxes, check_categories, check_images, check_persons, problem_of
+from .images import open_images
+from .keypoints import KeypointSet, read_keypoint_set
 
 # %% ../nbs/04c_check.ipynb #c4ec0024
 def check(
-    root: str | Path,  # data folder with annotations/ and images/
+    root: str | Path,  # data folder with annotations/ and images/, see `split_files`
     splits: Sequence[str] | None = None,  # None: all that have annotations/person_keypoints_{split}.json
     *,
     detections: str | None = None,  # a detector's boxes of the last split, relative to root
-    keypoint_set: KeypointSet = COCO_KEYPOINTS,
+    keypoint_set: KeypointSet | None = None,  # None: what each annotation file says, see `read_keypoint_set`
     out: str | Path | None = None,  # folder for report.txt, report.json and crops.png
     crops: int = 16,  # persons per split on the page
     seed: int = 0,  # of their choice
@@ -59,27 +61,35 @@ def _check_split(root, split, detections, keypoint_set, report, workers):
     add = lambda level, kind, problem: report.add(level, split, kind, problem)
     refused = lambda problem: add('error', problem.field, problem)
     report.counts[split] = {}
-    file = root / 'annotations' / f'person_keypoints_{split}.json'
-    data, readable = _read(file, add)
-    columns = check_annotations(data, file, keypoint_set.names, refused) if readable else None
+    file, annotated, folder = split_files(root, split)
+    (data, readable), columns = _read(file, add), None
+    if readable:
+        try:
+            keypoint_set = keypoint_set or read_keypoint_set(file)
+            columns = check_annotations(data, file, keypoint_set.names, refused, annotated=annotated)
+        except DataError as e:
+            refused(problem_of(e, file, 'categories'))
     if columns is None:
         return (None, ()), {}
     images, annotations = columns
+    files = _open(folder, images, add)
     check_categories(data, file, add, keypoint_set)
     counts, persons = check_persons(images, annotations, add, keypoint_set), None
-    if not any(f['split'] == split for f in report.errors):
+    if annotated and not any(f['split'] == split for f in report.errors):
         try:
             persons = CocoPersons(root, split, input_size=(192, 256), keypoint_set=keypoint_set, check_images=False)
         except DataError as e:
-            refused(Problem(str(file), 'annotations', str(e).removeprefix(f'{file}: ')))
-    needed = np.isin(images['id'], persons.image_id) if persons is not None else np.ones(len(images.entries), bool)
+            refused(problem_of(e, file, 'annotations'))
+    needed = np.full(len(images.entries), annotated or detections is None)
+    if persons is not None:
+        needed = np.isin(images['id'], persons.image_id)
     if detections is not None:
         boxes, readable = _read(root / detections, add)
         found = check_detections(boxes, root / detections, images['id'], refused) if readable else None
         if found is not None:
             counts |= check_boxes(images, annotations, found, add)
             needed |= np.isin(images['id'], found['image_id'])
-    more, digests = check_images(root / 'images' / split, images, needed, add, root=root, workers=workers)
+    more, digests = check_images(files, images, needed, add, root=root, workers=workers) if files else ({}, {})
     report.counts[split] = counts | more
     return (persons, images['id'][images.good['id']]), digests
 
@@ -89,7 +99,7 @@ def _read(file, add):
     try:
         data = read_json(file)
     except DataError as e:
-        add('error', 'file', Problem(str(file), 'file', str(e).removeprefix(f'{file}: ')))
+        add('error', 'file', problem_of(e, file, 'file'))
         return None, False
     with open(file, 'rb') as f:
         start = f.read(4)
@@ -98,19 +108,28 @@ def _read(file, add):
     return data, True
 
 
+def _open(folder, images, add):
+    "All images that are named, in this order; None: the archive cannot be read, and the error was reported"
+    names = [entry['file_name'] if good else '' for entry, good in zip(images.entries, images.good['file_name'])]
+    try:
+        return open_images(folder, names)
+    except DataError as e:
+        add('error', 'image archive', problem_of(e, f'{folder}.zip', 'image archive'))
+        return None
+
+
 def _check_leaks(root, opened, digests, report):
     "Warnings about images that two splits share"
     splits = list(opened)
     for a, b in ((a, b) for i, a in enumerate(splits) for b in splits[i + 1:]):
-        there = {digest: name for name, digest in digests[a].items()}
-        for name, digest in digests[b].items():
+        there = {digest: file for file, digest in digests[a].items()}
+        for file, digest in digests[b].items():
             if digest in there:
                 report.add('warning', f'{a} and {b}', 'same image in both', Problem(
-                    str(root / 'images' / b / name), 'image', f'image has the same bytes as {a}/{there[digest]}'))
-        file = root / 'annotations' / f'person_keypoints_{b}.json'
+                    file, 'image', f'image has the same bytes as {os.path.relpath(there[digest], root)}'))
         for i in np.intersect1d(opened[a][1], opened[b][1]).tolist():
             report.add('warning', f'{a} and {b}', 'same image id in both', Problem(
-                str(file), 'images.id', f'images: id {i} is in {a}, too'))
+                str(split_files(root, b).annotations), 'images.id', f'images: id {i} is in {a}, too'))
 
 # %% ../nbs/04c_check.ipynb #c4ec0026
 def draw_crops(
@@ -118,13 +137,12 @@ def draw_crops(
     *,
     count: int = 16,
     seed: int = 0,  # of the choice
-    names: Iterable[str] | None = None,  # images that can be shown, relative to their folder (default: all)
+    files: Container[str] | None = None,  # images that can be shown (default: all)
 ) -> Figure:
     "Random persons with their keypoints, eight in a row, each with its image and how many keypoints are labelled"
-    folder = persons.root / 'images' / persons.split
     order = np.random.default_rng(seed).permutation(len(persons)).tolist()
-    if names is not None:
-        order = [i for i in order if os.path.normpath(persons.image_file(i).relative_to(folder)) in names]
+    if files is not None:
+        order = [i for i in order if os.path.normpath(persons.image_file(i)) in files]
     chosen = sorted(order[:count])
     rows = max(-(-len(chosen) // 8), 1)
     figure, axes = plt.subplots(rows, 8, figsize=(14, 2.6 * rows), layout='constrained', squeeze=False)
@@ -147,7 +165,7 @@ def _write(out, report, opened, digests, crops, seed):
         with whole_file(out / 'report.txt') as partial:
             partial.write_text(str(report), encoding='utf-8', errors='backslashreplace')
         for split, persons in opened.items():
-            figure = draw_crops(persons, count=crops, seed=seed, names=digests[split])
+            figure = draw_crops(persons, count=crops, seed=seed, files=digests[split])
             with whole_file(out / f'crops-{split.replace(os.sep, "-")}.png') as partial:
                 figure.savefig(partial, dpi=100, metadata=dict(Software=None))
             plt.close(figure)

@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> int:
     command = commands.add_parser('check-row', help='check all parameters, and all data that a row will read')
     command.add_argument('row', help='name of a row of params.yaml')
     command = commands.add_parser('check', help='report all that is in a data set, and all that is wrong with it')
-    command.add_argument('data', help='folder with annotations/ and images/')
+    command.add_argument('data', help='folder with annotations/ and images/, which may be zip archives')
     command.add_argument('--splits', help='such as train2017,val2017; without it, all that are annotated')
     command.add_argument('--detections', help="a detector's boxes of the last split, relative to the folder")
     command.add_argument('--out', help='folder for report.txt, report.json and pages of random persons')

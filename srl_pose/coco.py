@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'box_to_center_scale', 'clip_boxes', 'crop_matrix', 'apply_matrix', 'keypoints_to_image',
-           'Augmentation', 'draw_half_body', 'draw_hole', 'crop_window', 'warp_crop', 'CocoPersons', 'normalize']
+           'Augmentation', 'draw_half_body', 'draw_hole', 'crop_window', 'warp_crop', 'SplitFiles', 'split_files',
+           'CocoPersons', 'normalize']
 
 # %% ../nbs/04_coco.ipynb #0b133986
 import gc
@@ -12,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .files import DataError, check_below, read_annotations, read_detections
+from .files import DataError, check_annotations, check_below, read_detections, read_json
 from .heatmap import flip_order
 from .images import open_cache, open_images
 from .keypoints import COCO_KEYPOINTS, KeypointSet, read_keypoint_set
@@ -192,6 +194,25 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+class SplitFiles(NamedTuple):
+    "Where a split is"
+    annotations: Path
+    annotated: bool  # are persons annotated, or are there only images, as in COCO's test sets?
+    images: Path  # a folder, or a zip archive of that name
+
+
+def split_files(
+    root: str | Path,  # folder with annotations/ and images/
+    split: str,  # such as train2017
+) -> SplitFiles:
+    "`image_info_{split}.json` counts if there is only that; COCO's test-dev2017 is a part of test2017"
+    root = Path(root)
+    file, info = (root / 'annotations' / f'{what}_{split}.json' for what in ('person_keypoints', 'image_info'))
+    annotated = file.exists() or not info.exists()
+    images = root / 'images' / ('test2017' if split == 'test-dev2017' else split)
+    return SplitFiles(file if annotated else info, annotated, images)
+
+
 class CocoPersons(Dataset):
     "Person crops; an item holds tensors `image` (3, H, W) uint8 RGB, `keypoints` (K, 2), `visible` (K,) and `index`"
 
@@ -235,42 +256,41 @@ class CocoPersons(Dataset):
 
     @property
     def annotation_file(self) -> Path:
-        "Where the persons of the split are annotated; `image_info_{split}.json` if there is only that"
-        file = self.root / 'annotations' / f'person_keypoints_{self.split}.json'
-        info = file.with_name(f'image_info_{self.split}.json')
-        return info if info.exists() and not file.exists() else file
+        "Where the persons of the split are annotated, see `split_files`"
+        return split_files(self.root, self.split).annotations
 
     @property
     def annotated(self) -> bool:
         "Are persons annotated, or are there only images, as in COCO's test sets?"
-        return not self.annotation_file.name.startswith('image_info')
+        return split_files(self.root, self.split).annotated
 
     @property
     def image_folder(self) -> Path:
-        "Where the images of the split are; COCO's test-dev2017 is a part of test2017"
-        return self.root / 'images' / ('test2017' if self.split == 'test-dev2017' else self.split)
+        "Where the images of the split are, see `split_files`"
+        return split_files(self.root, self.split).images
 
     def _load(self):
         "Fill the arrays, one row per person; persons in the order of the images, or of the detector file"
         file = self.annotation_file
-        data = read_annotations(file, self.keypoint_set.names, annotated=self.boxes == 'gt' or self.annotated)
-        images, annotations = data['images'], data['annotations']
-        ids = np.array([image['id'] for image in images])
-        sizes = np.array([[image['width'], image['height']] for image in images]).reshape(-1, 2)
-        row = {image_id: i for i, image_id in enumerate(ids.tolist())}
+        images, persons = check_annotations(
+            read_json(file), file, self.keypoint_set.names, annotated=self.boxes == 'gt' or self.annotated)
+        ids, sizes = images['id'], np.stack([images['width'], images['height']], 1)
+        by_id = np.argsort(ids)
+        row = lambda image_ids: by_id[np.searchsorted(ids, image_ids, sorter=by_id)]
         if self.boxes == 'gt':
-            usable = [a for a in annotations if a['category_id'] == 1 and not a['iscrowd'] and a['area'] > 0]
-            usable.sort(key=lambda a: row[a['image_id']])  # stable: the file's order within an image
-            keypoints = np.array([a['keypoints'] for a in usable], np.float32).reshape(-1, len(self.keypoint_set), 3)
-            which = np.array([row[a['image_id']] for a in usable], int)
-            boxes = clip_boxes(np.array([a['bbox'] for a in usable], np.float64).reshape(-1, 4), sizes[which])
+            usable = np.flatnonzero((persons['category_id'] == 1) & (persons['iscrowd'] == 0) & (persons['area'] > 0))
+            which = row(persons['image_id'][usable])
+            order = np.argsort(which, kind='stable')  # the file's order within an image
+            usable, which = usable[order], which[order]
+            keypoints = persons['keypoints'][usable].astype(np.float32).reshape(-1, len(self.keypoint_set), 3)
+            boxes = clip_boxes(persons['bbox'][usable].astype(np.float64), sizes[which])
             keep = (keypoints[..., 2] > 0).any(-1) & (boxes[:, 2:] >= 0).all(1) & (boxes[:, 2:] > 0).any(1)
             if not keep.any():
                 raise DataError(f'{file}: annotations: no person has a box and labelled keypoints')
             boxes, which, keypoints, self.score = boxes[keep], which[keep], keypoints[keep], np.ones(keep.sum())
         else:
             image_ids, boxes, self.score = read_detections(self.root / self.boxes, ids)
-            which = np.array([row[i] for i in image_ids.tolist()])
+            which = row(image_ids)
             keypoints = np.zeros((len(boxes), len(self.keypoint_set), 3), np.float32)
         self.center, self.scale = box_to_center_scale(boxes, self.input_size)
         self.area = np.prod(self.scale * 200, 1).astype(np.float64)
@@ -279,7 +299,7 @@ class CocoPersons(Dataset):
         self.image_id = ids[which]
         used, self._image = np.unique(which, return_inverse=True)
         self._sizes = sizes[used]
-        self._files = open_images(self.image_folder, np.array([images[i]['file_name'] for i in used]))
+        self._files = open_images(self.image_folder, np.array([images.entries[i]['file_name'] for i in used]))
 
     def __len__(self):
         return len(self.center)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'project_root', 'DataError', 'open_regular', 'read_json', 'whole_file', 'write_json', 'Problem',
            'refuse', 'shown', 'Columns', 'check_below', 'check_annotations', 'read_annotations', 'check_detections',
-           'read_detections', 'check_image', 'read_image_bytes', 'decode_image', 'read_image']
+           'read_detections', 'open_photograph', 'ImageMissing', 'check_image', 'read_image_bytes', 'decode_image',
+           'read_image']
 
 # %% ../nbs/03a_files.ipynb #0b133986
 import errno
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # %% ../nbs/03a_files.ipynb #63b2885a
 def project_root(
@@ -336,40 +337,60 @@ def read_detections(
 IMAGE_FORMATS = 'JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF'
 
 
+@contextmanager
+def open_photograph(
+    content: str | Path | io.BytesIO,
+    name: str | Path,  # for messages
+) -> Iterator[Image.Image]:
+    "An image of one of these formats; `DataError` for whatever goes wrong in it, while it is open, too"
+    try:
+        with Image.open(content, formats=IMAGE_FORMATS) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise DataError(f'{name}: image is truncated or unreadable (it begins as none of {", ".join(IMAGE_FORMATS)})') from None
+    except Exception as e:  # decoders raise anything over garbage
+        raise DataError(f'{name}: image is truncated or unreadable ({" ".join(str(e).split())})') from None
+
+
 def _check_complete(name, head, tail, content):
     "`DataError` unless a file starts and ends like a JPEG or its content decodes completely"
     if not head:
         raise DataError(f'{name}: image is empty')
     if head == b'\xff\xd8' and tail == b'\xff\xd9':
         return
+    with open_photograph(content, name) as image:
+        image.load()
+
+
+class ImageMissing(DataError):
+    "An image that is not there"
+
+
+@contextmanager
+def _open_image(file):
+    "An image file; `DataError` if it cannot be read"
     try:
-        with Image.open(content, formats=IMAGE_FORMATS) as image:
-            image.load()
-    except Exception as e:  # decoders raise anything over garbage
-        raise DataError(f'{name}: image is truncated or unreadable ({" ".join(str(e).split())})') from None
+        with open_regular(file) as f:
+            yield f
+    except FileNotFoundError:
+        raise ImageMissing(f'{file}: image is missing') from None
+    except OSError as e:
+        raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
 
 
 def check_image(file: str | Path) -> None:
     "`DataError` if an image is missing, empty or truncated; reads both ends only where that is enough"
-    try:
-        with open_regular(file) as f:
-            head = f.read(2)
-            f.seek(-min(2, len(head)), os.SEEK_END)
-            tail = f.read(2)
-    except FileNotFoundError:
-        raise DataError(f'{file}: image is missing') from None
-    except OSError as e:
-        raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
+    with _open_image(file) as f:
+        head = f.read(2)
+        f.seek(-min(2, len(head)), os.SEEK_END)
+        tail = f.read(2)
     _check_complete(file, head, tail, file)
 
 
 def read_image_bytes(file: str | Path) -> bytes:
     "An image file as it is; `DataError` if it cannot be read"
-    try:
-        with open_regular(file) as f:
-            return f.read()
-    except OSError as e:
-        raise DataError(f'{file}: image cannot be read ({e.strerror})') from None
+    with _open_image(file) as f:
+        return f.read()
 
 
 def decode_image(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import DataError, check_image, decode_image, read_image
+from .files import DataError, ImageMissing, check_image, decode_image, read_image, read_image_bytes
 
 # %% ../nbs/03c_images.ipynb #a73d91c8
 def _stamp(*numbers: int) -> int:
@@ -33,7 +33,7 @@ def _stamp(*numbers: int) -> int:
 class FolderImages:
     "Images of a folder by position in `names`; `DataError` from whatever cannot be read"
 
-    def __init__(self, folder: str | Path, names: np.ndarray):
+    def __init__(self, folder: str | Path, names: Sequence[str]):
         self.path, self.names = Path(folder), names
 
     def file(self, i: int) -> Path:
@@ -44,6 +44,10 @@ class FolderImages:
         "Image `i`, decoded"
         return read_image(self.file(i))
 
+    def read_bytes(self, i: int) -> bytes:
+        "The file as it is"
+        return read_image_bytes(self.file(i))
+
     def stamp(self, i: int) -> int:
         "Changes when the image does: its time of change and size"
         try:
@@ -52,10 +56,18 @@ class FolderImages:
             raise DataError(f'{self.file(i)}: image cannot be read ({e.strerror})') from None
         return _stamp(status.st_mtime_ns, status.st_size)
 
-    def check(self) -> None:
-        "`DataError` for the first image that is missing, empty or truncated"
+    def _check_folder(self):
         if not self.path.is_dir():
             raise DataError(f'{self.path}: no such image folder, and no {self.path.name}.zip beside it')
+
+    def listed(self) -> list[str]:
+        "All files below the folder, relative to it; `DataError` if there is no folder"
+        self._check_folder()
+        return [os.path.relpath(os.path.join(path, f), self.path) for path, _, files in os.walk(self.path) for f in files]
+
+    def check(self) -> None:
+        "`DataError` for the first image that is missing, empty or truncated"
+        self._check_folder()
         for name in self.names:
             check_image(f'{self.path}/{name}')
 
@@ -83,27 +95,35 @@ def _read_at(fd, size, offset):
     return data
 
 # %% ../nbs/03c_images.ipynb #1889e616
+_MISSING, _UNKNOWN = -1, -2  # methods of entries that cannot be unpacked
+
+
 class ArchiveImages:
     "Images of a zip archive that holds `<its own name>/<name>`, by position in `names`; `DataError` naming archive and entry"
 
-    def __init__(self, archive: str | Path, names: np.ndarray):
-        self.path, self.names, rows = Path(archive), names, []
-        try:
-            with zipfile.ZipFile(archive) as directory:
-                for name in names:
-                    entry = directory.getinfo(posixpath.normpath(f'{self.path.stem}/{name}'))
-                    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise DataError(f'{archive}: entry {entry.filename} is encrypted or packed by an unknown method')
-                    deflated = entry.compress_type == zipfile.ZIP_DEFLATED
-                    rows.append((entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, deflated))
-        except KeyError:
-            raise DataError(f'{archive}: entry {self.path.stem}/{name} is missing') from None
-        except DataError:
-            raise
-        except (OSError, EOFError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as e:
-            raise DataError(f'{archive}: is not a readable zip archive ({e})') from None
-        self._entries = np.array(rows, np.int64).reshape(-1, 5)  # offset, bytes in the archive, bytes, checksum, deflated?
+    def __init__(self, archive: str | Path, names: Sequence[str]):
+        self.path, self.names = Path(archive), names
+        entries = {entry.filename: entry for entry in self._directory()}
+        rows = [self._row(entries.get(posixpath.normpath(f'{self.path.stem}/{name}'))) for name in names]
+        self._entries = np.array(rows, np.int64).reshape(-1, 5)  # offset, bytes in the archive, bytes, checksum, method
         self._handle = _Handle(archive, os.O_RDONLY)
+
+    def _directory(self):
+        "All entries of the archive"
+        try:
+            with zipfile.ZipFile(self.path) as directory:
+                return directory.infolist()
+        except (OSError, EOFError, ValueError, NotImplementedError, struct.error, zipfile.BadZipFile) as e:
+            raise DataError(f'{self.path}: is not a readable zip archive ({e})') from None
+
+    @staticmethod
+    def _row(entry):
+        "What to keep of an entry"
+        if entry is None:
+            return -1, 0, 0, 0, _MISSING
+        row = entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, entry.compress_type
+        known = not entry.flag_bits & 1 and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        return row if known and max(row) < 2**63 else (-1, 0, 0, 0, _UNKNOWN)
 
     def file(self, i: int) -> Path:
         "Where image `i` is: the archive, followed by the entry"
@@ -115,25 +135,36 @@ class ArchiveImages:
 
     def read_bytes(self, i: int) -> bytes:
         "The entry, unpacked, its checksum verified"
-        offset, packed, size, checksum, deflated = self._entries[i].tolist()
+        offset, packed, size, checksum, method = self._entries[i].tolist()
+        if method == _MISSING:
+            raise ImageMissing(f'{self.file(i)}: image is missing')
+        if method == _UNKNOWN:
+            raise DataError(f'{self.file(i)}: image is encrypted or packed by an unknown method')
         try:
             head = _read_at(self._handle(), 30, offset)
             if head[:4] != b'PK\3\4':
                 raise ValueError('no entry begins there')
             data = _read_at(self._handle(), packed, offset + 30 + sum(struct.unpack('<HH', head[26:])))
-            data = zlib.decompressobj(-15).decompress(data, size + 1) if deflated else data  # no more than it says
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-15).decompress(data, size + 1)  # no more than it says
             if zlib.crc32(data) != checksum:
                 raise ValueError('wrong checksum')
         except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise DataError(f'{self.path}: entry {self.path.stem}/{self.names[i]}: image cannot be read ({e})') from None
+            raise DataError(f'{self.file(i)}: image cannot be read ({e})') from None
         return data
 
     def stamp(self, i: int) -> int:
         "Changes when the image does: its checksum and size"
         return _stamp(*self._entries[i, 2:4].tolist())
 
+    def listed(self) -> list[str]:
+        "All entries that are files, relative to the archive's own folder; an entry of the same name twice is there twice"
+        prefix = f'{self.path.stem}/'
+        names = (entry.filename for entry in self._directory() if not entry.is_dir())
+        return [name.removeprefix(prefix) if name.startswith(prefix) else f'../{name}' for name in names]
+
     def check(self) -> None:
-        "`DataError` for the first image that is damaged, empty or truncated; reads the archive once"
+        "`DataError` for the first image that is missing, damaged, empty or truncated; reads the archive once"
         for i in np.argsort(self._entries[:, 0]):
             data = self.read_bytes(i)
             if data[:2] != b'\xff\xd8' or data[-2:] != b'\xff\xd9':
@@ -142,7 +173,7 @@ class ArchiveImages:
 
 def open_images(
     folder: str | Path,  # of the images; where there is none, `<folder>.zip` beside it is read
-    names: np.ndarray,  # (N,) of the images, relative to the folder
+    names: Sequence[str],  # of the images, relative to the folder
 ) -> FolderImages | ArchiveImages:
     "The images of a folder, or of the archive of that name"
     archive = Path(f'{folder}.zip')

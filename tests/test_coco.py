@@ -246,7 +246,7 @@ def test_errors_while_running_name_the_image(root):
         with pytest.raises(DataError, match=r'b\.jpg: image'):
             persons[0]
     file.unlink()
-    with pytest.raises(DataError, match=r'b\.jpg: image cannot be read'):
+    with pytest.raises(DataError, match=r'b\.jpg: image is missing'):
         persons[0]
     CocoPersons(root, 'val', input_size=SIZE, check_images=False)  # the images are looked at later
 

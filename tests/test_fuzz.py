@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ from PIL import Image
 from srl_pose.check import check
 from srl_pose.coco import CocoPersons
 from srl_pose.files import DataError
+from test_images import ARCHIVES
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'sample'
 ANNOTATIONS, DETECTIONS = 'annotations/person_keypoints_val.json', 'detections/val.json'
@@ -189,6 +191,9 @@ BROKEN_ANNOTATIONS = {
     'annotation twice': changed(lambda d: d['annotations'].append(d['annotations'][0])),
     'category twice': changed(lambda d: d['categories'].append(d['categories'][0])),
     'dangling': changed(lambda d: d['images'].pop()),
+    'five names': changed(lambda d: d['categories'][0].update(keypoints=list('abcde'))),
+    'five names with tolerances': changed(lambda d: d['categories'][0].update(keypoints=list('abcde'), sigmas=[.1] * 5)),
+    'four tolerances': changed(lambda d: d['categories'][0].update(keypoints=list('abcde'), sigmas=[.1] * 4)),
     'nobody labelled': changed(lambda d: [a.update(keypoints=[0] * 51) for a in d['annotations']]),
     'only crowds': changed(lambda d: [a.update(iscrowd=1) for a in d['annotations']]),
     'no area': changed(lambda d: [a.update(area=0) for a in d['annotations']]),
@@ -266,6 +271,66 @@ def test_wrong_image(root, case):
     assert error is None or error.startswith(f'{image}: image')
 
 
+# ---------------------------------------------------------------------------------------- an archive
+
+def pack(root):
+    """The folder of images becomes an archive."""
+    shutil.make_archive(root / 'images/val', 'zip', root / 'images', 'val')
+    shutil.rmtree(root / 'images/val')
+    return root / 'images/val.zip'
+
+
+def add_entries(archive, entries):
+    with zipfile.ZipFile(archive, 'a') as file:
+        for name, data in entries.items():
+            file.writestr(name, data)
+
+
+def test_an_archive_is_as_good_as_the_folder(root):
+    counts = check(root, ['val'], detections=DETECTIONS).counts
+    archive = pack(root)
+    error, report = judge(root)
+    assert (error, report.errors, report.warnings, report.counts) == (None, [], [], counts)
+    archive.rename(root.parent / 'elsewhere.zip')
+    archive.symlink_to(root.parent / 'elsewhere.zip')
+    assert judge(root)[1].counts['val']['links out of the data folder'] == 3
+
+
+@pytest.mark.parametrize('case', [c for c in BROKEN_IMAGES if not re.search('folder|pipe|link|device', c)])
+def test_wrong_image_in_an_archive(root, case):
+    """Whatever is said of an image in a folder is said of it in an archive."""
+    image = sorted((root / 'images/val').iterdir())[1]
+    BROKEN_IMAGES[case](image)
+    error, report = judge(root)
+    pack(root)
+    packed_error, packed = judge(root)
+    moved = lambda found: json.loads(json.dumps(found).replace(f'{root}/images/val/', f'{root}/images/val.zip/val/'))
+    assert (moved(error), moved(report.errors), moved(report.warnings)) == (packed_error, packed.errors, packed.warnings)
+
+
+@pytest.mark.parametrize('case', ARCHIVES)
+def test_wrong_archive(root, case):
+    archive = pack(root)
+    breaker, message = ARCHIVES[case]
+    breaker(archive)
+    error, report = judge(root)
+    assert message in error and message in report.errors[0]['messages'][0]
+
+
+def test_all_entries_of_an_archive_are_looked_at(root):
+    image, other, _ = sorted((root / 'images/val').iterdir())
+    data, name = image.read_bytes(), other.name
+    archive = pack(root)
+    add_entries(archive, {'val/more.jpg': data, 'val/notes.txt': b'', '__MACOSX/val/._a.jpg': b'', 'val/sub/': b''})
+    with pytest.warns(UserWarning, match='Duplicate name'):
+        add_entries(archive, {f'val/{name}': data})
+    report = judge(root)[1]
+    assert {f['kind']: f['messages'] for f in report.warnings} == {
+        'entry twice': [f"{archive}: entry '{name}' is there 2 times; the last is read"],
+        'same image twice': [f'{archive}/val/{name}: image has the same bytes as images/val.zip/val/{image.name}']}
+    assert report.counts['val']['image files not in annotations'] == 2
+
+
 # ---------------------------------------------------------------------------------------- damage by chance
 
 @pytest.mark.parametrize('seed', range(60))
@@ -321,7 +386,46 @@ def test_same_bytes_and_ids(root):
     shutil.copy(first, root / 'images/val/copy.jpg')
     edit(root, ANNOTATIONS, lambda d: d['images'].append(dict(d['images'][0], id=1, file_name='copy.jpg')))
     warnings = {f['kind']: f['messages'] for f in judge(root)[1].warnings}
-    assert warnings == {'same image twice': [f'{root}/images/val/copy.jpg: image has the same bytes as {first.name}']}
+    assert warnings == {'same image twice': [f'{root}/images/val/copy.jpg: image has the same bytes as images/val/{first.name}']}
+
+
+def test_same_bytes_in_a_folder_and_an_archive(root):
+    shutil.copytree(root / 'images/val', root / 'images/train')
+    shutil.copy(root / ANNOTATIONS, root / 'annotations/person_keypoints_train.json')
+    archive, name = pack(root), min(f.name for f in (root / 'images/train').iterdir())
+    report = check(root)
+    assert report.errors == [] and {f['kind']: f['count'] for f in report.warnings} == {'same image in both': 3, 'same image id in both': 3}
+    assert f'{archive}/val/{name}: image has the same bytes as images/train/{name}' in str(report)
+
+
+def test_a_test_set_has_images_only(root):
+    """COCO's test-dev2017: a list of images, which are some of test2017; a detector finds persons in them."""
+    (root / ANNOTATIONS).rename(root / 'annotations/image_info_test-dev2017.json')
+    edit(root, 'annotations/image_info_test-dev2017.json', lambda d: d.pop('annotations'))
+    (root / 'images/val').rename(root / 'images/test2017')
+    for detections in (None, DETECTIONS):
+        report = check(root, ['test-dev2017'], detections=detections)
+        assert (report.errors, report.warnings, report.counts['test-dev2017']['images']) == ([], [], 3)
+    boxes = {d['image_id'] for d in json.loads((root / DETECTIONS).read_text())}
+    assert report.counts['test-dev2017']['images with detector boxes'] == f'{len(boxes)} of 3 ({len(boxes) / 3:.1%})'
+    next((root / 'images/test2017').iterdir()).unlink()
+    assert [f['kind'] for f in check(root, ['test-dev2017']).errors] == ['image missing']
+    assert CocoPersons(root, 'test-dev2017', input_size=(96, 128), boxes=DETECTIONS, check_images=False).image_file(0).parent.name == 'test2017'
+
+
+@pytest.mark.parametrize('names', [['nose', 'left_wrist', 'right_wrist', 'left_ankle', 'right_ankle']])
+def test_other_keypoints_are_those_of_the_file(root, names):
+    def change(data):
+        data['categories'] = [dict(id=1, name='person', keypoints=names, sigmas=[.05] * 5)]
+        for a in data['annotations']:
+            a['keypoints'] = np.reshape(a['keypoints'], (17, 3))[[0, 9, 10, 15, 16]].ravel().tolist()
+            a['num_keypoints'] = sum(flag > 0 for flag in a['keypoints'][2::3])
+
+    edit(root, ANNOTATIONS, change)
+    error, report = judge(root)
+    assert (error, report.errors, report.warnings) == (None, [], [])
+    assert [row['keypoint'] for row in report.counts['val']['keypoints']] == names
+    assert [row['pair'] for row in report.counts['val']['left and right']] == ['left_wrist – right_wrist', 'left_ankle – right_ankle']
 
 
 def test_an_odd_image_without_persons_is_a_warning(root):

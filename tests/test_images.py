@@ -204,10 +204,10 @@ ARCHIVES = {
     'text': (lambda f: f.write_text('404 not found'), 'is not a readable zip archive'),
     'cut': (lambda f: f.write_bytes(f.read_bytes()[:-500]), 'is not a readable zip archive'),
     'beginning lost': (lambda f: f.write_bytes(f.read_bytes()[9000:]), 'image cannot be read'),
-    'entry missing': (repack(lambda e: e.pop(first(e))), '.jpg is missing'),
-    'other folder': (repack(lambda e: [e.update({'x/' + n: e.pop(n)}) for n in list(e)]), '.jpg is missing'),
-    'entry above': (repack(lambda e: e.update({'../' + first(e): e.pop(first(e))})), '.jpg is missing'),
-    'entry a folder': (repack(lambda e: e.update({first(e) + '/': b'', 'x': e.pop(first(e))})), '.jpg is missing'),
+    'entry missing': (repack(lambda e: e.pop(first(e))), 'image is missing'),
+    'other folder': (repack(lambda e: [e.update({'x/' + n: e.pop(n)}) for n in list(e)]), 'image is missing'),
+    'entry above': (repack(lambda e: e.update({'../' + first(e): e.pop(first(e))})), 'image is missing'),
+    'entry a folder': (repack(lambda e: e.update({first(e) + '/': b'', 'x': e.pop(first(e))})), 'image is missing'),
     'entry empty': (repack(lambda e: e.update({first(e): b''})), 'image is empty'),
     'entry cut': (repack(lambda e: e.update({first(e): e[first(e)][:-300]})), 'image is truncated'),
     'entry of text': (repack(lambda e: e.update({first(e): b'404 not found'})), 'image is truncated or unreadable'),
@@ -243,7 +243,7 @@ def test_a_data_set_of_archives_trains_and_says_what_is_wrong(tmp_path):
         assert torch.equal(a['image'], b['image'])
     persons = pickle.loads(pickle.dumps(CocoPersons(tmp_path, 'val', **options)))
     damage(tmp_path / 'images/val.zip')
-    with pytest.raises(DataError, match=r'val\.zip: entry val/\d+\.jpg: image cannot be read'):
+    with pytest.raises(DataError, match=r'val\.zip/val/\d+\.jpg: image cannot be read'):
         samples(persons, (0,), 0)
 
 
