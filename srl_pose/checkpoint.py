@@ -75,7 +75,7 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(
     path: str | Path,
-    model: nn.Module,
+    model: nn.Module | dict[str, Tensor],  # or its state dict
     experiment: Experiment,
     summary: dict,  # of the training run, see `fit`
     *,
@@ -83,13 +83,14 @@ def save_checkpoint(
     training: dict | None = None,  # plain values and tensors that a continued run needs
 ) -> None:
     "Write all that a checkpoint holds, whole or not at all. `CheckpointError` where the disk does not take it."
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     content = {
         'format': CHECKPOINT_FORMAT,
         'experiment': experiment.model_dump(mode='json'),
         'identity': identity,
         'colour_order': 'RGB',
         'summary': summary,
-        'model': {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        'model': {name: tensor.detach().cpu() for name, tensor in state.items()},
         'training': training,
     }
     try:

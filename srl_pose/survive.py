@@ -31,10 +31,10 @@ TINY = """
 set: tiny
 data: {root: data, train: train, val: val, detections: null}
 model: {backbone: resnet18, input_size: [32, 32], block: fft, block_after: [deconv1], block_options: {}, downsample: true,
-        dilate: false, caffe: false, weights: null}
+        dilate: false, caffe: false, decoder: quarter, weights: null}
 train: {epochs: EPOCHS, batch_size: 8, learning_rate: 1e-3, warmup_epochs: 1, lr_steps: [2], lr_factor: 0.1, schedule: step,
         fused_adam: false, precision: fp32, compile: false, gradient_clip: 1.0, ema_decay: 0.9, sync_batchnorm: false,
-        freeze: [], start_from: null, validate_every: 1, validate_ap: false, seed: 0,
+        freeze: [stem, layer1, layer2, layer3, layer4], start_from: null, validate_every: 1, validate_ap: false, seed: 0,
         augmentation: {scale: 0.3, rotation: 40, rotation_probability: 0.6, flip_probability: 0.5}}
 evaluate: {boxes: gt, flip_test: false, confidence_threshold: 0.2, nms_threshold: 0.9}
 machine: {device: cpu, processes: 2, workers: 1, persons_at_once: 3, checkpoint_seconds: 3600, checkpoint_steps: 3, restarts: 0,

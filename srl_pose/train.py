@@ -166,6 +166,7 @@ class Run:
 
         workers = machine.worker_count()
         options = dict(num_workers=workers, pin_memory=self.device.type == 'cuda', persistent_workers=workers > 0)
+        if workers and sys.platform == 'linux': options['multiprocessing_context'] = 'fork'  # else they import all of this again
         at_once = None if machine.persons_at_once == 'auto' else machine.persons_at_once
         self.batches = GlobalBatches(len(self.train_set), p.batch_size, seed=p.seed, rank=self.rank, world=self.world, at_once=at_once)
         self.loader = DataLoader(self.train_set, batch_sampler=self.batches, generator=torch.Generator(), **options)
@@ -338,9 +339,7 @@ def _save(self: Run, losses: Tensor, complete: bool = False) -> None:
         dist.all_gather_object(random, random_state())
     if self.rank == 0:
         if self.best_weights is not None:
-            best = self.experiment.build_model(pretrained=False)
-            best.load_state_dict(self.best_weights)
-            save_checkpoint(self.out / 'best.pt', best, self.experiment, self.summary(), identity=self.identity)
+            save_checkpoint(self.out / 'best.pt', self.best_weights, self.experiment, self.summary(), identity=self.identity)
             self.best_weights = None
         training = dict(
             epoch=self.epoch, step=self.step, losses=losses.cpu(), history=self.history, best=self.best, seen=self.seen,

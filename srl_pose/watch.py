@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'say', 'silent', 'Progress', 'Stopwatch', 'time_shares', 'Curves', 'tensorboard_writer', 'read_curves',
-           'plot_curves', 'prediction_page']
+           'plot_curves', 'gather_curves', 'prediction_page']
 
 # %% ../nbs/05d_watch.ipynb #9b75aa4c
-import math
 import shutil
 import time
 from collections import Counter
@@ -18,8 +17,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from torchvision.utils import make_grid
 
 from .coco import CocoPersons, normalize
+from .files import whole_file
 from .heatmap import Heatmaps
 
 # %% ../nbs/05d_watch.ipynb #35341d8a
@@ -178,6 +179,20 @@ def plot_curves(
         if ax.lines: ax.legend()
     return figure
 
+# %% ../nbs/05d_watch.ipynb #c0ee3bbd
+def gather_curves(
+    outputs: str | Path,  # folder with rows/ROW/curves
+) -> Path:  # outputs/curves.tsv
+    "One table of all rows that have curves: row, epoch and the measures, empty where there is none."
+    rows = {folder.parent.name: read_curves(folder) for folder in sorted(Path(outputs).glob('rows/*/curves'))}
+    names = sorted({name for curves in rows.values() for name in curves})
+    lines = ['\t'.join(['row', 'epoch', *names])]
+    for row, curves in rows.items():
+        for epoch in sorted({epoch for values in curves.values() for epoch in values}):
+            lines.append('\t'.join([row, str(epoch), *(str(curves[name].get(epoch, '')) if name in curves else '' for name in names)]))
+    with whole_file(Path(outputs) / 'curves.tsv') as partial: partial.write_text('\n'.join(lines) + '\n')
+    return Path(outputs) / 'curves.tsv'
+
 # %% ../nbs/05d_watch.ipynb #20d99223
 @torch.no_grad()
 def prediction_page(
@@ -197,10 +212,11 @@ def prediction_page(
     model.eval()
     maps = model(normalize(images.to(device)).to(memory_format=torch.channels_last))
     keypoints, scores = (x.float().cpu().numpy() for x in heatmaps.decode(maps.float()))
-    rows, (w, h) = math.ceil(len(shown) / 8), dataset.input_size
-    figure, axes = plt.subplots(rows, 8, figsize=(12, 1.5 * rows * h / w), layout='constrained', squeeze=False)
-    for ax in axes.flat: ax.axis('off')
-    for ax, image, points, confidence in zip(axes.flat, images, keypoints, scores):
-        drawn = draw_poses(image, points[None], confidence[None], keypoint_set=dataset.keypoint_set, threshold=threshold, width=1)
-        ax.imshow(drawn.permute(1, 2, 0))
+    drawn = [draw_poses(image, points[None], confidence[None], keypoint_set=dataset.keypoint_set, threshold=threshold, width=1)
+             for image, points, confidence in zip(images, keypoints, scores)]
+    page = make_grid(drawn, nrow=8, pad_value=255)
+    figure = plt.figure(figsize=(12, 12 * page.shape[1] / page.shape[2]))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.imshow(page.permute(1, 2, 0))
+    ax.axis('off')
     return figure
