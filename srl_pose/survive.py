@@ -179,7 +179,7 @@ def survive(
             if last:
                 found = dict(killed=None, status=command.wait(), orphans=command.left_over())
             else:  # spread over what is left to train; one in five while it starts
-                room = max(1, 2 * (total - done) // (len(targets) - number + 1))
+                room = max(1, 2 * (total - done) // (len(targets) - number + 2))  # so that the last kill finds it training
                 steps = 0 if rng.random() < 0.2 and number else rng.randint(1, room)
                 found = kill_one(command, targets[number], steps, rng.uniform(0, 8 if steps == 0 else 0.4))
             began = command.began()
