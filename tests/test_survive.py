@@ -2,11 +2,14 @@
 import json
 import os
 import signal
+import socket
+import subprocess
 import time
 
 import pytest
 import torch
 from srl_pose.checkpoint import read_checkpoint
+from srl_pose.files import project_root
 from srl_pose.survive import Command, kill_one, make_project, survive
 
 
@@ -66,3 +69,21 @@ def test_a_failing_stage_shows_the_traceback_of_its_worker(tmp_path):
         assert 'in read_image' in text  # the worker's own traceback
     assert command.left_over() == []
     assert not (project / 'outputs' / 'rows' / 'tiny' / 'model.pt').exists()
+
+
+def test_slurm_script_trains_on_two_machines(tmp_path):
+    """The real script and torchrun; srun and scontrol are stand-ins that start both "machines" here."""
+    project, stubs = make_project(tmp_path / 'project', epochs=1, images=4), tmp_path / 'bin'
+    stubs.mkdir()
+    (stubs / 'scontrol').write_text('#!/bin/sh\necho localhost\n')
+    (stubs / 'srun').write_text('#!/bin/bash\nshift\n"$@" & first=$!\n"$@" & wait $! && wait $first\n')
+    for file in stubs.iterdir(): file.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, 'PATH': f'{stubs}:{os.environ["PATH"]}', 'PYTHONPATH': str(project), 'OMP_NUM_THREADS': '1',
+                   'SLURM_JOB_NODELIST': 'here', 'SLURM_NNODES': '2', 'SLURM_JOB_ID': '7', 'PROCESSES_PER_NODE': '1',
+                   'MASTER_PORT': str(port)}
+    done = subprocess.run([project_root() / 'scripts' / 'slurm.sh', 'tiny'], cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((project / 'outputs' / 'rows' / 'tiny' / 'train.json').read_text())['processes'] == 2

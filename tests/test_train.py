@@ -57,21 +57,23 @@ def test_two_processes_train_and_leave_one_checkpoint(experiment, tmp_path, capf
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('processes,at_once', [(2, 'auto'), (2, 2), (1, 4)])
-def test_processes_and_parts_do_not_change_the_losses(experiment, tmp_path, processes, at_once):
+def test_processes_and_parts_do_not_change_the_losses(experiment, tmp_path):
     """With normalisation by frozen statistics every part sees the same network: only rounding differs."""
-    layers = dict(freeze=['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'deconv'], epochs=3, learning_rate=0.01)
+    layers = dict(freeze=['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'deconv'], epochs=2, learning_rate=0.01)
     train(experiment(train=layers), tmp_path / 'one')
-    train(experiment(train=layers, machine=dict(processes=processes, persons_at_once=at_once)), tmp_path / 'other')
-    one, other = losses(tmp_path / 'one'), losses(tmp_path / 'other')
-    assert one[3] < 0.999 * one[1] and other == pytest.approx(one, rel=1e-5)
-    for name, value in weights(tmp_path / 'one').items():
-        torch.testing.assert_close(weights(tmp_path / 'other')[name], value, rtol=1e-3, atol=1e-5)
+    one = losses(tmp_path / 'one')
+    assert one[2] < 0.999 * one[1]
+    for processes, at_once in ((1, 4), (2, 2)):
+        other = tmp_path / f'{processes}x{at_once}'
+        train(experiment(train=layers, machine=dict(processes=processes, persons_at_once=at_once)), other)
+        assert losses(other) == pytest.approx(one, rel=1e-5)
+        for name, value in weights(tmp_path / 'one').items():
+            torch.testing.assert_close(weights(other)[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_two_processes_with_sync_batchnorm_are_one_process(experiment, tmp_path):
-    """Statistics over all processes: losses of three epochs agree to 1 % although Adam magnifies rounding; without, they do not."""
-    recipe = dict(epochs=3, learning_rate=1e-4)
+    """Statistics over all processes: losses agree to 0.2 % in the first and 1 % in the second epoch, for Adam magnifies rounding."""
+    recipe = dict(epochs=2, learning_rate=1e-4)
     train(experiment(train=recipe), tmp_path / 'one')
     train(experiment(train=recipe | dict(sync_batchnorm=True), machine=dict(processes=2)), tmp_path / 'sync')
     one, sync = losses(tmp_path / 'one'), losses(tmp_path / 'sync')
@@ -94,9 +96,15 @@ def test_a_batch_that_cannot_be_shared_is_refused(experiment, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def plain(tmp_path_factory):
-    """Weights of a run without any option."""
+def plain():
+    """Weights of a run without any option, once there is one."""
     return {}
+
+
+@pytest.fixture(scope='module')
+def through(tmp_path_factory):
+    """Folder of a run that nobody stopped."""
+    return tmp_path_factory.mktemp('through')
 
 
 @pytest.mark.parametrize('option', [
@@ -153,13 +161,13 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize('epoch,step', [(0, 1), (0, 2), (1, 0), (1, 2)])
-def test_a_stopped_run_continues_exactly(experiment, tmp_path, monkeypatch, epoch, step):
+@pytest.mark.parametrize('epoch,step', [(0, 1), (1, 0), (1, 2)])
+def test_a_stopped_run_continues_exactly(experiment, through, tmp_path, monkeypatch, epoch, step):
     """With averaged weights, augmentation and loading processes; wherever it stopped, curves and weights end alike."""
     recipe = dict(epochs=2, ema_decay=0.9, warmup_epochs=1,
                   augmentation=dict(scale=0.3, rotation=40.0, rotation_probability=0.6, flip_probability=0.5))
     row = experiment(train=recipe, machine=dict(checkpoint_steps=1, workers=1))
-    fit(row, tmp_path / 'through')
+    if not (through / 'model.pt').exists(): fit(row, through)
     real = Run.step_done
 
     def step_done(self, look):
@@ -171,9 +179,9 @@ def test_a_stopped_run_continues_exactly(experiment, tmp_path, monkeypatch, epoc
         fit(row, tmp_path / 'stopped')
     summary = fit(row, tmp_path / 'stopped')
     assert summary['interruptions'] == (1 if epoch or step else 0)
-    assert same(weights(tmp_path / 'through'), weights(tmp_path / 'stopped'))
-    assert same(read_checkpoint(tmp_path / 'through' / 'best.pt')['model'], read_checkpoint(tmp_path / 'stopped' / 'best.pt')['model'])
-    assert read_curves(tmp_path / 'through' / 'curves') == read_curves(tmp_path / 'stopped' / 'curves')
+    assert same(weights(through), weights(tmp_path / 'stopped'))
+    assert same(read_checkpoint(through / 'best.pt')['model'], read_checkpoint(tmp_path / 'stopped' / 'best.pt')['model'])
+    assert read_curves(through / 'curves') == read_curves(tmp_path / 'stopped' / 'curves')
 
 
 def test_a_full_disk_stops_training_and_keeps_the_previous_checkpoint(experiment, tmp_path, monkeypatch):
