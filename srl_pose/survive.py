@@ -23,6 +23,7 @@ import torch
 import srl_pose
 from .checkpoint import read_checkpoint
 from .files import project_root, write_json
+from .launch import alive
 from .sample import make_sample
 
 # %% ../nbs/05f_survive.ipynb #ed6526c6
@@ -78,7 +79,7 @@ class Command:
         with self.log.open('w') as file:
             self.process = subprocess.Popen(COMMANDS[name], cwd=project, stdout=file, stderr=subprocess.STDOUT, env=environment,
                                             stdin=subprocess.DEVNULL, start_new_session=True)
-        self.start, self.seen = time.monotonic(), {}
+        self.seen = {}
 
     def positions(self) -> list[tuple[int, int]]:
         "Epoch and step of each line of progress, from 1."
@@ -94,11 +95,12 @@ class Command:
     def family(self) -> list[psutil.Process]:
         "All processes of the command that are alive."
         try:
-            for process in (own := psutil.Process(self.process.pid), *own.children(recursive=True)):
+            own = psutil.Process(self.process.pid)
+            for process in (own, *own.children(recursive=True)):
                 self.seen.setdefault(process.pid, process)
         except psutil.Error:
             pass
-        return [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [p for p in self.seen.values() if alive(p)]
 
     def find(self, target: str) -> psutil.Process | None:
         "The process that plays a role, once it is there."
@@ -117,7 +119,8 @@ class Command:
 
     def wait(self, seconds: float = 600) -> int:
         "Until it ends; its exit status."
-        while self.process.poll() is None and time.monotonic() - self.start < seconds:
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end:
             self.family()
             time.sleep(0.1)
         if self.process.poll() is None: raise TimeoutError(f'{self.log}: not finished after {seconds} s')
@@ -125,10 +128,15 @@ class Command:
 
     def left_over(self, patience: float = 20) -> list[str]:
         "Command lines of processes that outlive it for too long; these are killed."
-        _, alive = psutil.wait_procs(self.family(), timeout=patience)
-        alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-        lines = [' '.join(p.cmdline())[:200] for p in alive]
-        for p in alive: p.kill()
+        end = time.monotonic() + patience
+        while (left := self.family()) and time.monotonic() < end: time.sleep(0.1)
+        lines = []
+        for process in left:
+            try:
+                lines.append(' '.join(process.cmdline())[:200])
+                process.kill()
+            except psutil.Error:
+                pass
         return lines
 
 
