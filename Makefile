@@ -7,6 +7,7 @@
 # Also:
 #   make setup                only set up
 #   make lab                  JupyterLab on the notebooks
+#   make survive              kill, interrupt and break training runs (minutes; not part of make test)
 #   make publish              keep the results as results/<set>/ and write README.md
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -17,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 
-.PHONY: table test setup lab coco lspet sample publish readme
+.PHONY: table test survive setup lab coco lspet sample publish readme
 
 table: setup
 	@dvc repro
@@ -27,6 +28,9 @@ table: setup
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 python -m pytest -n 2 tests
+
+survive: setup
+	OMP_NUM_THREADS=1 python -m pytest -m kill tests/test_survive.py
 
 setup:
 	@[ "$$(cat '$(MARK)' 2>/dev/null)" = '$(WANT)' ] || $(MAKE) --no-print-directory '$(MARK)'

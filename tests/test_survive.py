@@ -12,6 +12,8 @@ from srl_pose.checkpoint import read_checkpoint
 from srl_pose.files import project_root
 from srl_pose.survive import Command, kill_one, make_project, survive
 
+pytestmark = pytest.mark.kill
+
 
 def weights(project):
     return read_checkpoint(project / 'outputs' / 'rows' / 'tiny' / 'model.pt')['model']
