@@ -12,6 +12,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,7 +79,8 @@ class Command:
         environment = {**os.environ, 'PYTHONPATH': str(project), 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
         with self.log.open('w') as file:
             self.process = subprocess.Popen(COMMANDS[name], cwd=project, stdout=file, stderr=subprocess.STDOUT, env=environment,
-                                            stdin=subprocess.DEVNULL, start_new_session=True)
+                                            stdin=subprocess.DEVNULL, start_new_session=True,
+                                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
         self.seen = {}
 
     def positions(self) -> list[tuple[int, int]]:
