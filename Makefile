@@ -7,7 +7,7 @@
 # Also:
 #   make setup                only set up
 #   make lab                  JupyterLab on the notebooks
-#   make survive              kill, interrupt and break training runs (minutes; not part of make test)
+#   make survive              kill, interrupt and break training runs in all ways (minutes; make test does it in one)
 #   make publish              keep the results as results/<set>/ and write README.md
 PYTHON ?= python3.11
 VENV ?= .venv

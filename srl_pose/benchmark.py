@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTENDERS', 'SIZES', 'LAYOUTS', 'DTYPES', 'STEPS', 'NaiveSpectralBlock', 'MatrixNonLocalBlock', 'TransformPair',
            'take_turns', 'median_ratio', 'peak_memory', 'saved_memory', 'benchmark_blocks', 'benchmark_steps',
-           'machine', 'write_csv', 'main', 'read_csv', 'plot_blocks']
+           'machine', 'write_csv', 'plot_blocks', 'main', 'read_csv']
 
 # %% ../nbs/02c_benchmark.ipynb #0b133986
 import argparse
@@ -257,41 +257,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def main(args: list[str] | None = None) -> None:
-    "The command `python -m srl_pose.benchmark`."
-    parser = argparse.ArgumentParser(prog='python -m srl_pose.benchmark', description='Time and memory of the blocks, side by side.')
-    parser.add_argument('--out', type=Path, required=True, help='folder for blocks.csv, steps.csv and machine.json')
-    parser.add_argument('--device', default='cpu', help='cpu or cuda')
-    parser.add_argument('--rounds', type=int, default=7, help='how often each contender runs')
-    parser.add_argument('--batch', type=int, default=2, help='feature maps at once')
-    options = parser.parse_args(args)
-    run = partial(benchmark_blocks, device=options.device, rounds=options.rounds, batch=options.batch)
-    if options.device.startswith('cuda'):
-        blocks = run()
-    else:  # a CPU is slow in bfloat16, and nobody trains in it there: three sizes will do
-        blocks = run(dtypes=['float32']) + run(dtypes=['bfloat16'], sizes=SIZES[1:4])
-    steps = benchmark_steps(device=options.device, rounds=options.rounds)
-    write_csv(options.out / 'blocks.csv', blocks)
-    write_csv(options.out / 'steps.csv', steps)
-    write_json(options.out / 'machine.json', machine(options.device))
-    print(f'{options.out}: {len(blocks)} + {len(steps)} rows')
-
-
-if __name__ == '__main__' and '__file__' in globals():
-    main()
-
-# %% ../nbs/02c_benchmark.ipynb #04a4e665
-def read_csv(path: Path) -> list[dict]:
-    "Rows of `write_csv`, numbers as numbers."
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    with path.open(newline='') as file:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
 def plot_blocks(rows: list[dict], *, layout: str = 'contiguous') -> Figure:
     "Time and peak memory against N, with fitted exponents."
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
@@ -308,3 +273,40 @@ def plot_blocks(rows: list[dict], *, layout: str = 'contiguous') -> Figure:
     for ax in axes:
         ax.legend(fontsize=7)
     return figure
+
+
+def main(args: list[str] | None = None) -> None:
+    "The command `python -m srl_pose.benchmark`."
+    parser = argparse.ArgumentParser(prog='python -m srl_pose.benchmark', description='Time and memory of the blocks, side by side.')
+    parser.add_argument('--out', type=Path, required=True, help='folder for blocks.csv, steps.csv, blocks.png and machine.json')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda')
+    parser.add_argument('--rounds', type=int, default=7, help='how often each contender runs')
+    parser.add_argument('--batch', type=int, default=2, help='feature maps at once')
+    options = parser.parse_args(args)
+    run = partial(benchmark_blocks, device=options.device, rounds=options.rounds, batch=options.batch)
+    if options.device.startswith('cuda'):
+        blocks = run()
+    else:  # a CPU is slow in bfloat16, and nobody trains in it there: three sizes will do
+        blocks = run(dtypes=['float32']) + run(dtypes=['bfloat16'], sizes=SIZES[1:4])
+    steps = benchmark_steps(device=options.device, rounds=options.rounds)
+    write_csv(options.out / 'blocks.csv', blocks)
+    write_csv(options.out / 'steps.csv', steps)
+    write_json(options.out / 'machine.json', machine(options.device))
+    with whole_file(options.out / 'blocks.png') as partial_path:
+        plot_blocks(blocks).savefig(partial_path, format='png', dpi=100, metadata={'Software': None})
+    print(f'{options.out}: {len(blocks)} + {len(steps)} rows')
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    main()
+
+# %% ../nbs/02c_benchmark.ipynb #04a4e665
+def read_csv(path: Path) -> list[dict]:
+    "Rows of `write_csv`, numbers as numbers."
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    with path.open(newline='') as file:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]

@@ -308,6 +308,10 @@ class CocoPersons(Dataset):
         "The image that holds person `index`; in an archive, a path that goes on below the archive's"
         return self._files.file(self._image[index])
 
+    def image_bytes(self, index: int) -> int:
+        "Size of that image's file"
+        return len(self._files.read_bytes(self._image[index]))
+
     def check_images(self) -> None:
         "`DataError` for the first image that is missing, empty or truncated"
         self._files.check()

@@ -12,7 +12,7 @@ from srl_pose.checkpoint import read_checkpoint
 from srl_pose.files import project_root
 from srl_pose.survive import Command, kill_one, make_project, survive
 
-pytestmark = pytest.mark.kill
+slow = pytest.mark.kill  # run by `make survive`, not by `make test`
 
 
 def weights(project):
@@ -23,15 +23,23 @@ def weights(project):
 def killed(tmp_path_factory):
     """The short form of `python -m srl_pose.survive`, and the folder of its projects."""
     folder = tmp_path_factory.mktemp('survive') / 'work'
-    return survive(folder, {'dvc repro': ['rank 0', 'dvc repro'], 'torchrun': ['launcher']}, epochs=2), folder
+    return survive(folder, {'python': ['rank 0', 'launcher']}, epochs=2), folder
 
 
 def test_killed_training_ends_with_the_same_weights(killed):
     report, _ = killed
     assert report['passed'], json.dumps(report, indent=1)
+    assert report['survived'] == 2 and report['series'][0]['identical']
+
+
+@slow
+def test_a_killed_stage_ends_with_the_same_weights(tmp_path):
+    report = survive(tmp_path / 'work', {'dvc repro': ['kernel', 'dvc repro'], 'torchrun': ['launcher']}, epochs=2)
+    assert report['passed'], json.dumps(report, indent=1)
     assert report['survived'] == 3 and all(s['identical'] for s in report['series'])
 
 
+@slow
 def test_a_killed_worker_is_started_again_by_the_engine(killed, tmp_path):
     project = make_project(tmp_path / 'project', epochs=2)
     params = project / 'params.yaml'
@@ -44,6 +52,7 @@ def test_a_killed_worker_is_started_again_by_the_engine(killed, tmp_path):
     assert all(torch.equal(t, expected[name]) for name, t in weights(project).items())
 
 
+@slow
 def test_ctrl_c_leaves_nobody_behind(tmp_path):
     project = make_project(tmp_path / 'project', epochs=3)
     command = Command('dvc repro', project, 0)
@@ -56,6 +65,7 @@ def test_ctrl_c_leaves_nobody_behind(tmp_path):
     assert read_checkpoint(project / 'outputs' / 'rows' / 'tiny' / 'last.pt')['training']['step'] > 0
 
 
+@slow
 def test_a_failing_stage_shows_the_traceback_of_its_worker(tmp_path):
     """An image that only decoding finds out to be broken: the reason is on the terminal and in the executed notebook."""
     project = make_project(tmp_path / 'project', epochs=1, images=6)
@@ -73,6 +83,7 @@ def test_a_failing_stage_shows_the_traceback_of_its_worker(tmp_path):
     assert not (project / 'outputs' / 'rows' / 'tiny' / 'model.pt').exists()
 
 
+@slow
 def test_slurm_script_trains_on_two_machines(tmp_path):
     """The real script and torchrun; srun and scontrol are stand-ins that start both "machines" here."""
     project, stubs = make_project(tmp_path / 'project', epochs=1, images=4), tmp_path / 'bin'
