@@ -26,7 +26,7 @@ def experiment(sample_row, few):
     base = sample_row
     base['data'] |= dict(root=str(few), train='val')
     base['model'] |= dict(input_size=(32, 32), block_after=('deconv1',))
-    base['train'] |= dict(epochs=1, batch_size=11, warmup_epochs=0, lr_steps=())
+    base['train'] |= dict(epochs=1, batch_size=11, warmup_epochs=0, lr_steps=(), fused_adam=False)
     base['train']['augmentation'] = dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)
     base['machine'] |= dict(device='cpu', processes=1, workers=0, restarts=0)
     return lambda **changes: Experiment.model_validate({k: v | changes.get(k, {}) if isinstance(v, dict) else v for k, v in base.items()})
