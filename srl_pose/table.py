@@ -181,7 +181,7 @@ def to_markdown(rows: list[Row]) -> str:
         if row.measured:
             v, t, name = row.measured['evaluation'], row.measured['training'], row.experiment.name
             text.append(f'- `{name}`: {v["persons"]} persons in {v["images"]} images, {v["num_boxes"]} boxes of {v["box_file"]}, '
-                        f'{row.experiment.train.epochs} epochs, trained on {t["device"]}')
+                        f'{row.experiment.train.epochs} epoch{"s" if row.experiment.train.epochs > 1 else ""}, trained on {t["device"]}')
             text += [f'- `{name}`: **warning**, {warning}' for warning in v['warnings']]
     for row in rows:
         if found := difference(rows, row):
