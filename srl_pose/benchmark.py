@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTENDERS', 'SIZES', 'LAYOUTS', 'DTYPES', 'STEPS', 'NaiveSpectralBlock', 'MatrixNonLocalBlock', 'TransformPair',
            'take_turns', 'median_ratio', 'peak_memory', 'saved_memory', 'benchmark_blocks', 'benchmark_steps',
-           'machine', 'write_csv', 'plot_blocks', 'main', 'read_csv']
+           'plot_blocks', 'machine', 'write_csv', 'main', 'read_csv']
 
 # %% ../nbs/02c_benchmark.ipynb #0b133986
 import argparse
@@ -235,6 +235,24 @@ def benchmark_steps(
             ))
     return rows
 
+# %% ../nbs/02c_benchmark.ipynb #7c41be92
+def plot_blocks(rows: list[dict], *, layout: str = 'contiguous') -> Figure:
+    "Time and peak memory against N, with fitted exponents."
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    chosen = [r for r in rows if (r['layout'], r['dtype'], r['direction']) == (layout, 'float32', 'forward+backward')]
+    for number, block in enumerate(dict.fromkeys(r['block'] for r in chosen)):
+        of_block = [r for r in chosen if r['block'] == block]
+        n = np.array([r['height'] * r['width'] for r in of_block])
+        for ax, key in zip(axes, ('milliseconds', 'peak_mib')):
+            y = np.array([r[key] for r in of_block])
+            exponent = np.polyfit(np.log(n[-3:]), np.log(y[-3:]), 1)[0]
+            ax.loglog(n, y, 'o-', color=f'C{number}', lw=2.5 if block == 'fft' else 1, ms=4, label=f'{block}, N^{exponent:.2f}')
+    axes[0].set(xlabel='positions N', ylabel='milliseconds, forward + backward')
+    axes[1].set(xlabel='positions N', ylabel='peak memory, MiB')
+    for ax in axes:
+        ax.legend(fontsize=7)
+    return figure
+
 # %% ../nbs/02c_benchmark.ipynb #52b146e0
 def machine(device: str) -> dict:
     "What the numbers were measured on."
@@ -255,24 +273,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-def plot_blocks(rows: list[dict], *, layout: str = 'contiguous') -> Figure:
-    "Time and peak memory against N, with fitted exponents."
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
-    chosen = [r for r in rows if (r['layout'], r['dtype'], r['direction']) == (layout, 'float32', 'forward+backward')]
-    for number, block in enumerate(dict.fromkeys(r['block'] for r in chosen)):
-        of_block = [r for r in chosen if r['block'] == block]
-        n = np.array([r['height'] * r['width'] for r in of_block])
-        for ax, key in zip(axes, ('milliseconds', 'peak_mib')):
-            y = np.array([r[key] for r in of_block])
-            exponent = np.polyfit(np.log(n[-3:]), np.log(y[-3:]), 1)[0]
-            ax.loglog(n, y, 'o-', color=f'C{number}', lw=2.5 if block == 'fft' else 1, ms=4, label=f'{block}, N^{exponent:.2f}')
-    axes[0].set(xlabel='positions N', ylabel='milliseconds, forward + backward')
-    axes[1].set(xlabel='positions N', ylabel='peak memory, MiB')
-    for ax in axes:
-        ax.legend(fontsize=7)
-    return figure
 
 
 def main(args: list[str] | None = None) -> None:
