@@ -1,14 +1,18 @@
 # Two commands do everything; both set up what is missing first:
-#   make table                run the chosen experiments and print their results table
+#   make table                run the chosen experiments and print their results page
 #   make test                 check that notebooks are clean and exported, run nbdev_test and pytest
 # Choosing what `make table` and `dvc repro` run:
-#   make coco DATA=<folder>   the COCO experiments on a COCO folder (likewise make lspet)
+#   make coco DATA=<folder>   the COCO experiments on a COCO folder (likewise make lspet); RECIPE=<name> chooses one of their recipes
 #   make sample               the embedded sample again
+# Parts of it:
+#   make table TABLE=4        only the rows of one of the paper's tables (and `dvc repro evaluate@<row>-<seed>` only one run)
+#   make measure              only what the rows cost in time and memory; needs no data
+#   make pages                only the pages of what has been run so far
 # Also:
 #   make setup                only set up
 #   make lab                  JupyterLab on the notebooks
 #   make survive              kill, interrupt and break training runs in all ways (minutes; make test does it in one)
-#   make publish              keep the results as results/<set>/ and write README.md
+#   make publish              keep metrics, prices and pages in results/, and write README.md
 PYTHON ?= python3.11
 VENV ?= .venv
 override VENV := $(abspath $(VENV))
@@ -18,12 +22,28 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 
-.PHONY: table test survive setup lab coco lspet sample publish readme
+.PHONY: table measure pages test survive setup lab coco lspet sample publish readme
+
+# outputs/SET/RECIPE of params.yaml
+HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
 
 table: setup
+ifdef TABLE
+	@stages=$$(srl-pose rows '$(TABLE)') && dvc repro $$stages && dvc repro --single-item table
+	@cat $(HERE)/tables/table$(TABLE).md
+else
 	@dvc repro
-	@cat outputs/results.md
-	@echo "This table: outputs/results.md, .csv, .png. Executed notebooks, weights, curves and predictions: outputs/rows/"
+	@cat $(HERE)/tables/results.md
+endif
+	@echo "This page: $(HERE)/tables/, as .md, .csv, .html, .png. Executed notebooks, weights, curves and predictions: $(HERE)/runs/"
+
+measure: setup
+	@dvc repro --single-item measure
+
+pages: setup
+	@mkdir -p $(HERE)/metrics $(HERE)/../measured
+	@dvc repro --single-item table
+	@cat $(HERE)/tables/results.md
 
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
@@ -51,13 +71,13 @@ $(MARK):
 	@echo '$(WANT)' > '$@'
 
 coco lspet sample: setup
-	@srl-pose select $@ $(if $(DATA),--data '$(DATA)')
+	@srl-pose select $@ $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)')
 
 lab: setup
 	jupyter lab nbs
 
 publish: setup
-	@set=$$(sed -n 's/^set: *//p' params.yaml) && mkdir -p results/$$set && cp outputs/results.* results/$$set/
+	@srl-pose publish
 	@$(MAKE) --no-print-directory readme
 
 readme: setup

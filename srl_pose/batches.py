@@ -42,14 +42,15 @@ class GlobalBatches:
         rank: int = 0,
         world: int = 1,  # processes
         at_once: int | None = None,  # persons that fit into one process; None: all of its share
+        steps: int | None = None,  # at most so many per epoch; None: all
     ):
         self.persons, self.batch_size, self.seed, self.rank, self.world = persons, batch_size, seed, rank, world
-        self.at_once = at_once or batch_size
+        self.at_once, self.steps = at_once or batch_size, min(steps or math.inf, math.ceil(persons / batch_size))
         self.start_at(0, 0)
 
     def __len__(self) -> int:
         "Optimiser steps per epoch."
-        return math.ceil(self.persons / self.batch_size)
+        return self.steps
 
     def start_at(self, epoch: int, step: int) -> None:
         "Where the next iteration begins."

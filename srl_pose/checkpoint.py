@@ -56,17 +56,20 @@ def parameters(experiment: Experiment) -> dict:
 def identity(
     experiment: Experiment,
     *datasets: CocoPersons,  # that are trained on and validated with
-) -> dict[str, str]:  # digests of parameters, data, code
+) -> dict[str, str | None]:  # digests of parameters, data, code and the file that it starts from, None if there is none
     "What decides the numbers of a training run."
-    data = []
-    for dataset in datasets:
-        with dataset.annotation_file.open('rb') as file:
-            data.append(hashlib.file_digest(file, 'sha256').hexdigest())
-    return dict(parameters=_digest(json.dumps(parameters(experiment), sort_keys=True)),
-                data=_digest(json.dumps(data)), code=code_digest())
+    data = [_file_digest(dataset.annotation_file) for dataset in datasets]
+    start = experiment.start_file()
+    return dict(parameters=_digest(json.dumps(parameters(experiment), sort_keys=True)), data=_digest(json.dumps(data)),
+                code=code_digest(), start=start and _file_digest(start))
+
+
+def _file_digest(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 # %% ../nbs/05c_checkpoint.ipynb #e8975214
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 
 class CheckpointError(ValueError):
@@ -191,6 +194,7 @@ def find_training(
             names = ', '.join(_differences(parameters(experiment), {k: content['experiment'].get(k) for k in parameters(experiment)}))
             raise CheckpointError(f'{path}: is of another experiment: other values of {names}')
         if 'data' in changed: raise CheckpointError(f'{path}: is of other data: the annotations have changed')
+        if 'start' in changed: raise CheckpointError(f'{path}: started from another file than {experiment.start_file()} is now')
         if 'code' in changed and not named: raise CheckpointError(f'{path}: is of other code or another torch')
         if 'code' in changed: say(f'{path}: is of other code or another torch; taken up all the same, because it was named')
         return content

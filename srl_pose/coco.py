@@ -294,6 +294,7 @@ class CocoPersons(Dataset):
             keypoints = np.zeros((len(boxes), len(self.keypoint_set), 3), np.float32)
         self.center, self.scale = box_to_center_scale(boxes, self.input_size)
         self.area = np.prod(self.scale * 200, 1).astype(np.float64)
+        self.longer_side = boxes[:, 2:].max(1)  # (N,) of the boxes, in image pixels
         self.visible = (keypoints[..., 2] > 0) * keypoints[..., 2]  # (N, K); 0 unlabelled, 1 hidden, 2 visible
         self.keypoints = keypoints[..., :2] * (self.visible > 0)[..., None]  # (N, K, 2) in image pixels
         self.image_id = ids[which]

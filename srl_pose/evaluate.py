@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'oks', 'predict', 'rescore', 'oks_nms', 'coco_results', 'run_cocoeval', 'evaluate_results',
-           'val2017_warnings', 'Evaluation', 'evaluate', 'draw_poses', 'plot_predictions']
+           'val2017_warnings', 'pck_hits', 'Evaluation', 'evaluate', 'draw_poses', 'plot_predictions']
 
 # %% ../nbs/06_evaluate.ipynb #0b133986
 import contextlib
@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from .bootstrap import Matches, Resampled, bootstrap
+from .bootstrap import Matches, Resampled, bootstrap, bootstrap_share
 from .coco import CocoPersons, keypoints_to_image, normalize
 from .files import read_annotations, write_json
 from .heatmap import Heatmaps, flip_heatmaps
@@ -232,24 +232,31 @@ def val2017_warnings(
     return [f'{file}: {name} is {settings[name]:,}, but {expected:,} in the COCO val2017 of published numbers'
             for name, file, expected in counts if settings[name] != expected]
 
+# %% ../nbs/06_evaluate.ipynb #b06c0002
+def pck_hits(
+    keypoints: np.ndarray,  # (N, K, 2) predicted
+    truth: np.ndarray,  # (N, K, 2) annotated
+    visible: np.ndarray,  # (N, K) above 0 where annotated
+    longer_side: np.ndarray,  # (N,) of the boxes
+    *,
+    fraction: float = 0.1,  # of that side
+) -> tuple[np.ndarray, np.ndarray]:  # of each person, right and annotated keypoints
+    "What PCK is the ratio of"
+    labelled = np.asarray(visible) > 0
+    distance = np.linalg.norm(np.asarray(keypoints, np.float64) - truth, axis=-1)
+    near = distance <= fraction * np.asarray(longer_side)[:, None]
+    return (near & labelled).sum(1), labelled.sum(1)
+
 # %% ../nbs/06_evaluate.ipynb #1fbcdb49
 @dataclass(frozen=True)
 class Evaluation:
     "What `evaluate` found, and how"
-    metrics: dict[str, float]  # COCO's ten numbers; empty without annotations
+    metrics: dict[str, float]  # COCO's ten numbers and, in annotated boxes, PCK; empty without annotations
     settings: dict  # all that must be known to compare them
     results: list[dict]  # in COCO's format
     keypoints: np.ndarray  # (N, K, 2) of all boxes, in image pixels, before suppression
     scores: np.ndarray  # (N, K)
-    bootstrap: dict[str, Resampled]  # the ten numbers on resampled images; empty without annotations
-
-    def intervals(self) -> dict:
-        "Plain types: the 95 % interval of each number, and AP's draws, for `compare`"
-        if not self.bootstrap:
-            return {}
-        ap = self.bootstrap['AP']
-        return dict(images=ap.images, seed=ap.seed, draws=len(ap.draws), AP_draws=ap.draws.tolist(),
-                    interval={name: list(r.interval()) for name, r in self.bootstrap.items()})
+    bootstrap: dict[str, Resampled]  # these numbers on resampled images; empty without annotations
 
     def write_results(self, folder: str | Path) -> Path:
         "Write the results in COCO's format to `keypoints_{split}_results.json`"
@@ -299,6 +306,10 @@ def evaluate(
         warnings.warn(message, stacklevel=2)
     resampled = dict(zip(METRICS, bootstrap(matches, resamples=resamples)))
     metrics = dict(zip(METRICS, evaluation.stats.tolist()))
+    if dataset.boxes == 'gt':
+        hits, labelled = pck_hits(keypoints, dataset.keypoints, dataset.visible, dataset.longer_side)
+        resampled['PCK'] = bootstrap_share(hits, labelled, dataset.image_id, matches.image_ids, resamples=resamples)
+        metrics['PCK'] = resampled['PCK'].value
     return Evaluation(metrics, settings, results, keypoints, scores, resampled)
 
 # %% ../nbs/06_evaluate.ipynb #7fd9df79

@@ -135,7 +135,7 @@ def _common(experiment, counts, times, persons, processes, at_once):
     return dict(
         row=experiment.name, processes=processes, persons=share, parts=parts, batch=p.batch_size,
         memory=times.process_memory + counts.step_memory + counts.memory * math.ceil(share / parts),
-        steps=p.epochs * math.ceil(persons / p.batch_size), read=p.epochs * persons * times.read)
+        steps=p.epochs * min(p.steps_per_epoch or math.inf, math.ceil(persons / p.batch_size)), read=p.epochs * persons * times.read)
 
 
 def _validated_persons(experiment, val_persons, processes):

@@ -69,7 +69,7 @@ def block_positions(
         if not match:
             raise ValueError(f'block_after={place!r} is unknown: choose from {", ".join(PLACES)}')
         name, step = match[1] or match[3], int(match[2] or match[4] or depths[match[3]])
-        if step > depths[name]:
+        if step > depths[name] or not depths[name]:
             parts = 'transposed convolutions' if match[1] else f'residual blocks in {name}'
             raise ValueError(f'block_after={place!r}: this network has only {depths[name]} {parts}')
         new = [step] if match[1] else list(range(step, depths[name] + 1, step))
@@ -98,7 +98,7 @@ def build_block(
 def load_trunk(
     trunk: ResNet,  # filled in place, all but its classifier `fc`
     backbone: str,  # its name
-    weights: str | Path,  # a torchvision name such as 'IMAGENET1K_V1', or the path of a state dict
+    weights: str | Path,  # a torchvision name such as 'IMAGENET1K_V1', or the path of a state dict or of a checkpoint of ours
 ) -> None:
     "Load pretrained weights, or raise ValueError (unknown, unreadable, another network) or ConnectionError (download)."
     named = get_model_weights(backbone).__members__
@@ -111,6 +111,8 @@ def load_trunk(
     elif Path(weights).is_file():
         try:
             state = dict(torch.load(weights, map_location='cpu', weights_only=True))
+            if 'format' in state:  # all but decoder and head
+                state = {k: t for k, t in state['model'].items() if not k.startswith(('deconv_layers.', 'final_layer.'))}
         except Exception as error:
             reason = str(error).partition('\n')[0]
             raise ValueError(f'weights={str(weights)!r} is not a readable state dict: {reason}') from None
@@ -190,10 +192,11 @@ class PoseResNet(nn.Module):
         block_after: str | Sequence[str] | None = None,  # as `block_positions`; None: each transposed convolution
         block_options: Mapping[str, object] | None = None,  # keyword arguments of the block's class
         input_size: tuple[int, int] | None = None,  # (w, h) in pixels, for blocks that must know their map's size
+        last_layer: str = 'layer4',  # where the trunk ends: after layer2, layer3 or layer4
         downsample: bool = True,  # stride 2 in layer3 and layer4? if not, one transposed convolution suffices
         dilate: bool = False,  # with downsample=False: dilated convolutions in layer3 and layer4?
         caffe: bool = False,  # stride in the first 1x1 convolution of a bottleneck?
-        weights: str | Path | None = None,  # of the trunk: torchvision's name or a file; None: random
+        weights: str | Path | None = None,  # of the trunk: torchvision's name, or a file (a checkpoint of ours, too); None: random
     ):
         super().__init__()
         check_choice('backbone', backbone, BACKBONES)
@@ -205,17 +208,20 @@ class PoseResNet(nn.Module):
         trunk = get_model(backbone, weights=None)
         if weights is not None: load_trunk(trunk, backbone, weights)
         set_strides(trunk, downsample=downsample, dilate=dilate, caffe=caffe)
+        check_choice('last_layer', last_layer, LAYERS)
+        for name in LAYERS[LAYERS.index(last_layer) + 1:]: setattr(trunk, name, nn.Sequential())  # passes all on
         width = trunk.fc.in_features
         channels = {'layer2': width // 4, 'layer3': width // 2, 'layer4': width, 'deconv': DECONV_CHANNELS}
         strides = dict(zip(LAYERS, (8, 16, 32) if downsample else (8, 8, 8)))
-        depths = {name: len(getattr(trunk, name)) for name in LAYERS} | {'deconv': 3 if downsample else 1}
+        width, stride = channels[last_layer], strides[last_layer]
+        depths = {name: len(getattr(trunk, name)) for name in LAYERS} | {'deconv': {8: 1, 16: 2, 32: 3}[stride]}
         places = block_positions(DECONVS[:depths['deconv']] if block_after is None else block_after, depths)
 
         def blocks(name: str) -> dict[int, nn.Module]:
             built = {}
             for n in places[name] if block is not None else ():
-                stride = strides[name] if name in strides else strides['layer4'] >> n
-                size = None if input_size is None else (h // stride, w // stride)
+                at = strides[name] if name in strides else stride >> n
+                size = None if input_size is None else (h // at, w // at)
                 try:
                     built[n] = build_block(block, channels[name], size=size, options=block_options or {})
                 except ValueError as error:
@@ -237,5 +243,5 @@ class PoseResNet(nn.Module):
             raise ValueError(f'x has shape {tuple(x.shape)}: images (B, 3, H, W) are needed')
         check_input_size((x.shape[3], x.shape[2]))
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 64, H/4, W/4)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512 or 2048, H/32, W/32), or H/8, W/8
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512 or 2048, H/32, W/32), or fewer and larger
         return self.final_layer(self.deconv_layers(x))  # (B, K, H/4, W/4)

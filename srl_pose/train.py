@@ -8,8 +8,6 @@ __all__ = ['LOOK_EVERY', 'PRECISIONS', 'Run', 'learn', 'fit', 'train', 'main']
 # %% ../nbs/05_train.ipynb #0b133986
 import argparse
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +28,7 @@ from .experiment import Experiment, ParameterError, load_experiment
 from .files import DataError, project_root, write_json
 from .heatmap import heatmap_accuracy, heatmap_loss
 from .launch import die_with_dvc, die_with_parent, launch, process_group, rank_and_world, started_by_launcher
+from .provenance import provenance
 from .recipe import Updater, synchronise_batchnorm, training_mode
 from .watch import Curves, Progress, Stopwatch, prediction_page, say, silent, time_shares
 
@@ -60,7 +59,8 @@ class Run:
         options = dict(num_workers=workers, pin_memory=self.device.type == 'cuda', persistent_workers=workers > 0)
         if workers and sys.platform == 'linux': options['multiprocessing_context'] = 'fork'  # else they import all of this again
         at_once = None if machine.persons_at_once == 'auto' else machine.persons_at_once
-        self.batches = GlobalBatches(len(self.train_set), p.batch_size, seed=p.seed, rank=self.rank, world=self.world, at_once=at_once)
+        self.batches = GlobalBatches(len(self.train_set), p.batch_size, seed=p.seed, rank=self.rank, world=self.world, at_once=at_once,
+                                     steps=p.steps_per_epoch)
         self.loader = DataLoader(self.train_set, batch_sampler=self.batches, generator=torch.Generator(), **options)
         self.val_loader = validation_loader(self.val_set, min(p.batch_size, 32), **options)
         self.heatmaps, self.steps = experiment.build_heatmaps(), len(self.batches)
@@ -159,7 +159,7 @@ def fit(
     experiment: Experiment,
     out: str | Path,  # folder for model.pt, best.pt, last.pt, train.json and curves/
     resume: str | Path | None = None,  # checkpoint to go on from; None: out/last.pt, if it fits
-) -> dict:  # summary: epochs, seconds, samples_per_second, loss, val_loss, val_accuracy, processes, device, torch, …
+) -> dict:  # summary: epochs, seconds, samples_per_second, loss, val_loss, val_accuracy, processes, provenance, …
     "Train one experiment, from its last checkpoint on; with several processes, called in each."
     with only_writer(out) if rank_and_world()[0] == 0 else nullcontext():
         run = Run(experiment, Path(out), resume)
@@ -274,8 +274,8 @@ def _summary(self: Run) -> dict:
     measured = {name: value for name, value in last.items() if name.startswith('val_')}
     return dict(
         epochs=self.epoch, seconds=seconds, samples_per_second=self.seen / seconds, loss=last.get('train_loss'), **measured,
-        best=self.best, processes=self.world, device=_device_name(self.device), torch=str(torch.__version__),
-        interruptions=self.interruptions, seconds_of=self.times)
+        best=self.best, processes=self.world, interruptions=self.interruptions, seconds_of=self.times, start_sha256=self.identity['start'],
+        provenance=provenance(self.device))
 
 
 def _finish(self: Run) -> dict:
@@ -287,12 +287,6 @@ def _finish(self: Run) -> dict:
         write_json(self.out / 'train.json', summary)
         self.curves.end(prediction_page(self.update.weights, self.val_set, self.heatmaps, self.device))
     return summary
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{os.cpu_count()} CPU cores ({platform.machine()})'
 
 
 Run.save, Run._take_up, Run.summary, Run.finish = _save, _take_up, _summary, _finish
@@ -324,11 +318,13 @@ def main(args: list[str] | None = None) -> int:
     "The command `python -m srl_pose.train`, also under torchrun."
     parser = argparse.ArgumentParser(prog='python -m srl_pose.train', description='Train one row of params.yaml.')
     parser.add_argument('row', help='name of the row')
-    parser.add_argument('--out', type=Path, help='folder of the results (default: outputs/rows/ROW in the project)')
+    parser.add_argument('--seed', type=int, help='one of its seeds (default: the first)')
+    parser.add_argument('--out', type=Path, help='folder of the results (default: outputs/SET/RECIPE/runs/ROW-SEED in the project)')
     parser.add_argument('--resume', type=Path, help='checkpoint to go on from (default: last.pt in that folder, if it fits)')
     options = parser.parse_args(args)
     try:
-        train(load_experiment(options.row), options.out or project_root() / 'outputs' / 'rows' / options.row, options.resume)
+        experiment = load_experiment(options.row, seed=options.seed)
+        train(experiment, options.out or experiment.run_folder(), options.resume)
     except (ParameterError, DataError, CheckpointError) as error:
         if started_by_launcher(): raise
         print(f'error: {error}', file=sys.stderr)

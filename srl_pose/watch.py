@@ -181,17 +181,17 @@ def plot_curves(
 
 # %% ../nbs/05e_watch.ipynb #c0ee3bbd
 def gather_curves(
-    outputs: str | Path,  # folder with rows/ROW/curves
-) -> Path:  # outputs/curves.tsv
-    "One table of all rows that have curves: row, epoch and the measures, empty where there is none."
-    rows = {folder.parent.name: read_curves(folder) for folder in sorted(Path(outputs).glob('rows/*/curves'))}
-    names = sorted({name for curves in rows.values() for name in curves})
-    lines = ['\t'.join(['row', 'epoch', *names])]
-    for row, curves in rows.items():
+    folder: str | Path,  # with runs/RUN/curves
+    out: str | Path,  # file to write
+) -> None:
+    "One table of all runs that have curves: run, epoch and the measures, empty where there is none."
+    runs = {curves.parent.name: read_curves(curves) for curves in sorted(Path(folder).glob('runs/*/curves'))}
+    names = sorted({name for curves in runs.values() for name in curves})
+    lines = ['\t'.join(['run', 'epoch', *names])]
+    for run, curves in runs.items():
         for epoch in sorted({epoch for values in curves.values() for epoch in values}):
-            lines.append('\t'.join([row, str(epoch), *(str(curves[name].get(epoch, '')) if name in curves else '' for name in names)]))
-    with whole_file(Path(outputs) / 'curves.tsv') as partial: partial.write_text('\n'.join(lines) + '\n')
-    return Path(outputs) / 'curves.tsv'
+            lines.append('\t'.join([run, str(epoch), *(str(curves[name].get(epoch, '')) if name in curves else '' for name in names)]))
+    with whole_file(Path(out)) as partial: partial.write_text('\n'.join(lines) + '\n')
 
 # %% ../nbs/05e_watch.ipynb #20d99223
 @torch.no_grad()

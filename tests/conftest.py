@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from srl_pose.experiment import load_experiments
-from srl_pose.files import project_root
+from srl_pose.experiment import load_set
 
 
 @pytest.fixture(scope='session')
@@ -22,5 +21,4 @@ def external() -> Path:
 @pytest.fixture
 def sample_row() -> dict:
     "The row fft of the sample as plain values, to be changed into the experiment of a test."
-    files = (project_root() / 'params.yaml', project_root() / 'experiments' / 'sample.yaml')
-    return load_experiments(next(f for f in files if f.exists() and 'set: sample' in f.read_text()))['fft'].model_dump()
+    return load_set('sample')['fft'].model_dump()

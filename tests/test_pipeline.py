@@ -24,18 +24,25 @@ def modules_behind(*names, without=frozenset()):
 LOOKS_ON = {'evaluate'}  # training draws pages and measures AP with it, but no weight depends on it
 
 
-@pytest.mark.parametrize('stage,modules', [('train', ['train', 'experiment']), ('evaluate', ['evaluate', 'experiment', 'flops'])])
+@pytest.mark.parametrize('stage,modules', [('train', ['train', 'experiment']), ('evaluate', ['evaluate', 'experiment', 'metrics'])])
 def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules):
-    named = {Path(dep).stem for dep in STAGES[stage]['do']['deps'] if dep.endswith('.py')}
+    named = {Path(dep).stem for dep in STAGES[stage]['deps'] if dep.endswith('.py')}
     assert named == modules_behind(*modules, without=LOOKS_ON if stage == 'train' else frozenset())
 
 
 def test_the_table_depends_on_its_own_code_and_all_metrics():
-    assert {'outputs/metrics', 'srl_pose/table.py', 'srl_pose/bootstrap.py', 'srl_pose/experiment.py'} <= set(STAGES['table']['deps'])
+    assert {'outputs/${set}/${recipe}/metrics', 'outputs/${set}/measured', 'results'} <= set(STAGES['table']['deps'])
+    named = {Path(dep).stem for dep in STAGES['table']['deps'] if dep.endswith('.py')}
+    assert named == {'bootstrap', 'compare', 'experiment', 'measure', 'metrics', 'published', 'table'}
+
+
+def test_a_price_depends_on_the_network_but_on_no_data_and_no_training():
+    deps = {Path(dep).stem for dep in STAGES['measure']['deps']}
+    assert deps == {'measure', *modules_behind('pose_net', 'flops')} and not any('train' in p for p in STAGES['measure']['params'])
 
 
 def test_every_parameter_decides_something():
     """Each section of params.yaml except `machine` is watched by a stage."""
     sections = set(YAML(typ='safe').load((ROOT / 'params.yaml').read_text()))
-    watched = {p.split('.')[0] for s in STAGES.values() for p in s.get('do', s)['params']}
+    watched = {p.split('.')[0] for s in STAGES.values() for p in s['params']}
     assert sections - {'machine'} == watched

@@ -10,13 +10,13 @@ import pytest
 import torch
 from srl_pose.checkpoint import read_checkpoint
 from srl_pose.files import project_root
-from srl_pose.survive import Command, kill_one, make_project, survive
+from srl_pose.survive import Command, kill_one, make_project, run_folder, survive
 
 slow = pytest.mark.kill  # run by `make survive`, not by `make test`
 
 
 def weights(project):
-    return read_checkpoint(project / 'outputs' / 'rows' / 'tiny' / 'model.pt')['model']
+    return read_checkpoint(run_folder(project) / 'model.pt')['model']
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +62,7 @@ def test_ctrl_c_leaves_nobody_behind(tmp_path):
     os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
     assert command.wait(60) != 0
     assert command.left_over() == []
-    assert read_checkpoint(project / 'outputs' / 'rows' / 'tiny' / 'last.pt')['training']['step'] > 0
+    assert read_checkpoint(run_folder(project) / 'last.pt')['training']['step'] > 0
 
 
 @slow
@@ -75,12 +75,12 @@ def test_a_failing_stage_shows_the_traceback_of_its_worker(tmp_path):
     broken.write_bytes(b'\xff\xd8' + bytes(500) + b'\xff\xd9')
     command = Command('dvc repro', project, 0)
     assert command.wait() != 0
-    notebook = (project / 'outputs' / 'rows' / 'tiny' / 'train.ipynb').read_text()
+    notebook = (run_folder(project) / 'train.ipynb').read_text()
     for text in (command.log.read_text(), notebook):
         assert f'{broken.name}: image cannot be decoded' in text and 'also after 1 restarts' in text
         assert 'in read_image' in text  # the worker's own traceback
     assert command.left_over() == []
-    assert not (project / 'outputs' / 'rows' / 'tiny' / 'model.pt').exists()
+    assert not (run_folder(project) / 'model.pt').exists()
 
 
 @slow
@@ -99,4 +99,4 @@ def test_slurm_script_trains_on_two_machines(tmp_path):
                    'MASTER_PORT': str(port)}
     done = subprocess.run([project_root() / 'scripts' / 'slurm.sh', 'tiny'], cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((project / 'outputs' / 'rows' / 'tiny' / 'train.json').read_text())['processes'] == 2
+    assert json.loads((run_folder(project) / 'train.json').read_text())['processes'] == 2
