@@ -45,6 +45,7 @@ def main(args: list[str] | None = None) -> int:
     command.add_argument('--machines', help='YAML file with a list of machines, see srl_pose.plan.Machine (default: 1, 8, 2 × 8 H100)')
     command.add_argument('--persons', type=int, help='persons to train on, if the plan is for more data than there is here')
     command.add_argument('--val-persons', type=int, help='persons to validate with, likewise')
+    command.add_argument('--simulated', action='store_true', help='only for those machines, not for this one: many rows in minutes')
     command.add_argument('--check', metavar='ROW', help='also take real steps of this row here, in two processes, and compare')
     command.add_argument('--out', help='folder for plan.md and plan.csv')
     options = parser.parse_args(args)

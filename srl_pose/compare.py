@@ -99,14 +99,13 @@ def check_comparable(rows: list[Row]) -> None:
         if len(groups) > 1:
             raise DataError(f'metrics: runs in {boxes} boxes were measured in different boxes or on different images and cannot stand in '
                             f'one column: {" against ".join(", ".join(g) for g in groups.values())}; evaluate them again')
-    starts = {}
-    for row in rows:
-        for seed, run in row.runs.items():
-            if row.experiment.start_file(): starts.setdefault((row.experiment.start_file(), run.training.start_sha256), []).append(f'{row.name}-{seed}')
-    for path, digest in starts:
-        if others := [', '.join(names) for (p, d), names in starts.items() if p == path and d != digest]:
-            raise DataError(f'metrics: {", ".join(starts[path, digest])} started from another {path.name} than {others[0]}, so they cannot be '
-                            'compared; train them again')
+    for control in rows:
+        starts = {}
+        for row in (control, *(row for row in rows if baseline_of(row, rows) is control)):
+            for seed, run in row.runs.items(): starts.setdefault(run.training.start_sha256, []).append(f'{row.name}-{seed}')
+        if len(starts) > 1:
+            raise DataError('metrics: runs that are to be compared started from different weights: '
+                            f'{" against ".join(", ".join(names) for names in starts.values())}; train them again')
 
 
 def read_rows(

@@ -103,7 +103,7 @@ def measure(
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         memory, alone, in_batch = pool.submit(_measure, experiment, batch, persons, least, threads).result()
     with torch.device('meta'):
-        model = experiment.model.build(pretrained=False)
+        model = experiment.model.build(pretrained=False).eval()
     size = experiment.model.input_size
     return Measured(
         set=experiment.set, row=experiment.name, model=experiment.model.model_dump(mode='json'), params=count_params(model),

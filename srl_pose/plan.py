@@ -234,7 +234,7 @@ def make_plan(
     *,
     persons: int | None = None,  # to train on, if the plan is for more data than there is here
     val_persons: int | None = None,
-    processes: tuple[int, ...] | None = None,  # of this machine; None: 1, and 2 where there are two GPUs or CPU cores
+    processes: tuple[int, ...] | None = None,  # of this machine; None: 1, and 2 where there are two GPUs or CPU cores; (): not here
     check: str | None = None,  # row of which real steps are taken, too
     say=print,
 ) -> Plan:
@@ -247,7 +247,9 @@ def make_plan(
         if n > 1: exchange[n] = time_exchange(device, n)
     for number, (experiment, size) in enumerate(zip(experiments, sizes), 1):
         counts = count_step(experiment)
-        times = {n: time_steps(experiment, n if device.type == 'cpu' else 1) for n in {1, *processes}}  # GPUs are not shared
+        cores = lambda n: n if device.type == 'cpu' else 1  # GPUs are not shared
+        effort = {} if processes else dict(steps=1, persons=1)  # only loading counts
+        times = {n: time_steps(experiment, cores(n), **effort) for n in {1, *processes}}
         for n in processes:
             estimates.append(estimate_here(experiment, counts, times[n], exchange.get(n), processes=n, **size))
         estimates += [simulate(experiment, counts, times[1], machine, **size) for machine in machines]
@@ -258,7 +260,7 @@ def make_plan(
             checked.append(f'Checked with real steps of {check}, {found["batch"]} persons in {n} processes here: predicted '
                            f'{found["predicted"]:.3g} s, measured {found["measured"]:.3g} s, {found["error"]:+.0%}.')
     cpu = f'{os.cpu_count()} CPU cores' if device.type == 'cpu' else device.type
-    notes = [f'"here": {cpu}; a few steps of each row were timed.',
+    notes = [*([f'"here": {cpu}; a few steps of each row were timed.'] if processes else []),
              f'Plan for {size["persons"]} persons to train on and {size["val_persons"]} to validate.',
              *(f'Exchange between {n} processes here: {1e3 * x.latency:.2g} ms and {x.bandwidth / 1e9:.2g} GB/s.' for n, x in exchange.items())]
     machines = list(machines)
@@ -293,6 +295,7 @@ def plan_command(
     persons: int | None = None,  # see `make_plan`
     val_persons: int | None = None,
     check: str | None = None,  # row to check with real steps, of two processes where there can be two
+    simulated: bool = False,  # only for those machines, not for this one
     out: str | Path | None = None,  # folder for plan.md and plan.csv
     command: str = 'srl-pose plan',  # that was typed, for plan.md
 ) -> str:
@@ -300,14 +303,14 @@ def plan_command(
     experiments = load_experiments(params)
     for name in [*(rows or ()), *([check] if check else ())]:
         if name not in experiments: raise ParameterError(f'{params or "params.yaml"}: rows.{name}: no such row')
-    if check and rows and check not in rows: raise ParameterError(f'row {check} cannot be checked: it is not planned')
+    if check and (simulated or rows and check not in rows): raise ParameterError(f'row {check} cannot be checked: it is not planned here')
     if data is not None:
         experiments = {name: e.model_copy(update=dict(data=e.data.model_copy(update=dict(root=str(Path(data).resolve())))))
                        for name, e in experiments.items()}
     chosen = [experiments[name] for name in rows or experiments]
     known = load_machines(machines) if machines else MACHINES
     for e in chosen: [_peak(e, machine) for machine in known]
-    plan = make_plan(chosen, known, persons=persons, val_persons=val_persons, check=check)
+    plan = make_plan(chosen, known, persons=persons, val_persons=val_persons, processes=() if simulated else None, check=check)
     text = f'# Plan\n\n`{command}`\n\n{plan_markdown(plan)}'
     if out is not None:
         with whole_file(Path(out) / 'plan.md') as partial: partial.write_text(text, encoding='utf-8')

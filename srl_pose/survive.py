@@ -63,6 +63,7 @@ def make_project(
     shutil.copytree(Path(srl_pose.__file__).parent, folder / 'srl_pose', ignore=shutil.ignore_patterns('__pycache__'))
     (folder / 'params.yaml').write_text(TINY.replace('EPOCHS', str(epochs)))
     make_sample(folder / 'data', train=images, val=4)
+    (folder / 'results').mkdir()
     subprocess.run(['dvc', 'init', '--no-scm', '--quiet'], cwd=folder, check=True)
     return folder
 
