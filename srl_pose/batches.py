@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .coco import CocoPersons, keypoints_to_image, normalize
+from .coco import CocoPersons, normalize
+from .crops import keypoints_to_image
 from .heatmap import Heatmaps, heatmap_accuracy, heatmap_loss
 from .launch import rank_and_world
 

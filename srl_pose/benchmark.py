@@ -10,7 +10,6 @@ __all__ = ['CONTENDERS', 'SIZES', 'LAYOUTS', 'DTYPES', 'STEPS', 'NaiveSpectralBl
 # %% ../nbs/02c_benchmark.ipynb #0b133986
 import argparse
 import csv
-import json
 import platform
 import statistics
 import sys

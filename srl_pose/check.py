@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from .coco import CocoPersons, split_files
 from .evaluate import draw_poses
-from .files import (
-    DataError, Problem, check_annotations, check_below, check_detections, read_json, whole_file, write_json)
+from .annotations import check_annotations, check_detections
+from .files import DataError, Problem, check_below, read_json, whole_file, write_json
 from .findings import Report, check_boxes, check_categories, check_images, check_persons, problem_of
 from .images import open_images
 from .keypoints import KeypointSet, read_keypoint_set

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,11 +32,13 @@ from matplotlib.ticker import NullFormatter
 from torch.utils.data import default_collate
 
 from .benchmark import machine, median_ratio, take_turns, write_csv
-from .coco import COCO_KEYPOINTS, Augmentation, CocoPersons, keypoints_to_image, normalize
+from .coco import CocoPersons, normalize
+from .crops import Augmentation, keypoints_to_image
 from .decoders import DECODERS
 from .evaluate import coco_results, oks_nms
 from .files import read_json, whole_file, write_json
 from .heatmap import Heatmaps
+from .keypoints import COCO_KEYPOINTS
 from .plain import PlainLoader, decode_plain, nms_plain, open_plain
 
 # %% ../nbs/06c_data_benchmark.ipynb #c6554d85

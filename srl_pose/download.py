@@ -9,7 +9,6 @@ __all__ = ['OFFICIAL', 'COCO_2017', 'BLOCK', 'DETECTIONS', 'Archive', 'fetch', '
 import contextlib
 import hashlib
 import io
-import json
 import shutil
 import time
 import urllib.error
@@ -22,7 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from .files import DataError, read_annotations, read_json, whole_file
+from .annotations import read_annotations
+from .files import DataError, read_json, whole_file
 from .keypoints import COCO_KEYPOINTS
 
 # %% ../nbs/04f_download.ipynb #c263e67c

@@ -25,9 +25,11 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from .annotations import read_annotations
 from .bootstrap import Matches, Resampled, bootstrap, bootstrap_share
-from .coco import CocoPersons, keypoints_to_image, normalize
-from .files import read_annotations, write_json
+from .coco import CocoPersons, normalize
+from .crops import keypoints_to_image
+from .files import write_json
 from .heatmap import Heatmaps, flip_heatmaps
 from .keypoints import COCO_KEYPOINTS, KeypointSet
 

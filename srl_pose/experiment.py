@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML, YAMLError
 from torch import nn
 
-from .coco import Augmentation, CocoPersons
+from .coco import CocoPersons
+from .crops import Augmentation
 from .files import DataError, project_root, whole_file
 from .heatmap import Heatmaps
 from .keypoints import read_keypoint_set

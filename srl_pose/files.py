@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'project_root', 'DataError', 'open_regular', 'read_json', 'whole_file', 'write_json', 'Problem',
-           'refuse', 'shown', 'Columns', 'check_below', 'check_annotations', 'read_annotations', 'check_detections',
-           'read_detections', 'open_photograph', 'ImageMissing', 'check_image', 'read_image_bytes', 'decode_image',
-           'read_image']
+           'refuse', 'shown', 'check_below', 'open_photograph', 'ImageMissing', 'check_image', 'read_image_bytes',
+           'decode_image', 'read_image']
 
 # %% ../nbs/03a_files.ipynb #0b133986
 import errno
@@ -16,9 +15,8 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,97 +117,6 @@ def shown(value) -> str:
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 
-# %% ../nbs/03a_files.ipynb #08a337c2
-def _fits(values, column, length, integer):
-    "Are the values, and the array made of them, sane numbers?"
-    if column.dtype.kind not in ('iu' if integer else 'iuf') or column.shape[1:] != (() if length is None else (length,)):
-        return False
-    limit = 2**53 if integer else 1e10
-    flat = values if length is None else chain.from_iterable(values)
-    return bool(((column > -limit) & (column < limit)).all()) and bool not in set(map(type, flat))
-
-
-class Columns:
-    "A list of objects in a file, field by field as arrays (N, ...); what does not fit goes to `report`, and is 0 in the array"
-
-    def __init__(
-        self,
-        file: str | Path,
-        section: str,  # name of the list
-        entries: list,
-        report: Callable[[Problem], None] = refuse,
-    ):
-        self.file, self.section, self.entries, self.report = str(file), section, entries, report
-        self.columns, self.good = {}, {}  # of each field that was read: array (N, ...), which are good (N,)
-        self.objects = np.fromiter((isinstance(entry, dict) for entry in entries), bool, len(entries))
-        for i in np.flatnonzero(~self.objects).tolist():
-            report(Problem(self.file, section, f'{section}[{i}] is {shown(entries[i])}, not an object'))
-
-    def __getitem__(self, field: str) -> np.ndarray:
-        return self.columns[field]
-
-    def bad(self, i: int, field: str, problem: str) -> None:
-        "Report entry `i`"
-        self.good[field][i] = False
-        self.report(Problem(self.file, f'{self.section}.{field}', f'{self.section}[{i}]{problem}'))
-
-    def read(
-        self,
-        field: str,
-        length: int | None = None,  # of each entry's list; None: a number
-        *,
-        integer: bool = False,
-    ) -> np.ndarray:  # (N,) or (N, length)
-        "Field of all entries"
-        count, shape = len(self.entries), () if length is None else (length,)
-        self.good[field], self.columns[field] = self.objects.copy(), np.zeros((count, *shape), int if integer else float)
-        try:
-            values = [entry[field] for entry in self.entries]
-            column = np.array(values)
-            if _fits(values, column, length, integer):
-                self.columns[field] = column
-                return column
-        except (KeyError, TypeError, ValueError, OverflowError):
-            pass
-        if count:
-            self._read_singly(field, length, integer)
-        return self.columns[field]
-
-    def _read_singly(self, field, length, integer):
-        what = 'a whole number' if integer else f'{length or 1} finite number{"s" * (length is not None)}, none beyond 1e10'
-        for i in np.flatnonzero(self.objects).tolist():
-            entry = self.entries[i]
-            if field not in entry:
-                self.bad(i, field, f' has no {field!r}')
-            else:
-                try:
-                    value = np.array([entry[field]])
-                    good = _fits([entry[field]], value, length, integer)
-                except (TypeError, ValueError, OverflowError):
-                    good = False
-                if good:
-                    self.columns[field][i] = value[0]
-                else:
-                    self.bad(i, field, f'.{field} must be {what}, is {shown(entry[field])}')
-
-    def require(
-        self,
-        field: str,  # that was read
-        fits: np.ndarray,  # (N,) bool
-        must: str,  # for the message: what a value must be
-    ) -> None:
-        "Report the entries whose value makes no sense"
-        for i in np.flatnonzero(self.good[field] & ~fits).tolist():
-            self.bad(i, field, f'.{field} {must}, is {shown(self[field][i].tolist())}')
-
-    def require_unique(self, field: str) -> None:
-        "Report the second and later entries with a value that occurs twice"
-        rows = np.flatnonzero(self.good[field])
-        again = np.ones(len(rows), bool)
-        again[np.unique(self[field][rows], return_index=True)[1]] = False
-        for i in rows[again].tolist():
-            self.bad(i, field, f'.{field} {self[field][i]} occurs twice')
-
 # %% ../nbs/03a_files.ipynb #9a5ceada
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, halves of characters
 
@@ -223,115 +130,6 @@ def check_below(
     if (not isinstance(name, str) or not 0 < len(name) <= 1000 or _UNPRINTABLE.search(name) or os.path.isabs(name)
             or os.path.normpath(name).split(os.sep)[0] in ('.', '..')):
         raise DataError(f'{what} must be a path below {folder}, is {shown(name)}')
-
-# %% ../nbs/03a_files.ipynb #ae66eea2
-def check_annotations(
-    data,  # contents of a file in COCO's keypoint format; iscrowd and num_keypoints are filled in where absent
-    file: str | Path,  # its name, for messages
-    keypoint_names: Sequence[str],  # that the file must have, in this order
-    report: Callable[[Problem], None] = refuse,
-    *,
-    annotated: bool = True,  # must there be annotations? COCO's image_info files have none
-) -> tuple[Columns, Columns] | None:  # images and annotations; None: the file has no such lists
-    "Everything that must hold in a keypoint file"
-    if not isinstance(data, dict):
-        report(Problem(str(file), 'file', 'must be an object with images, annotations and categories'))
-        return None
-    if not annotated:
-        data.setdefault('annotations', [])
-    sections = 'images', 'annotations', 'categories'
-    absent = [key for key in sections if not isinstance(data.get(key), list)]
-    for key in absent:
-        report(Problem(str(file), key, f'needs a list {key!r}'))
-    if absent:
-        return None
-    images, annotations, categories = (Columns(file, key, data[key], report) for key in sections)
-
-    images.read('id', integer=True)
-    images.require_unique('id')
-    for field in ('width', 'height'):
-        images.require(field, images.read(field, integer=True) > 0, 'must be positive')
-    _check_names(images)
-
-    number, expected = categories.read('id', integer=True), list(keypoint_names)
-    person = np.flatnonzero(categories.good['id'] & (number == 1)).tolist()
-    if not person:
-        report(Problem(str(file), 'categories.id', 'categories has no id 1 (person)'))
-    elif (names := categories.entries[person[0]].get('keypoints', expected)) != expected:
-        names = shown(names) if not isinstance(names, list) else f'[{", ".join(map(shown, names[:len(expected) + 1]))}]'
-        report(Problem(str(file), 'categories.keypoints', f'categories: keypoints are {names}, expected {expected}'))
-
-    annotations.read('id', integer=True)
-    annotations.require_unique('id')
-    owner = annotations.read('image_id', integer=True)
-    annotations.require('image_id', np.isin(owner, images['id'][images.good['id']]), 'must be the id of an image')
-    annotations.read('category_id', integer=True)
-    annotations.read('bbox', 4)
-    annotations.read('area')
-    labelled = (annotations.read('keypoints', 3 * len(expected))[:, 2::3] > 0).sum(1)
-    for entry, count in zip(annotations.entries, labelled.tolist()):
-        if isinstance(entry, dict):
-            entry.setdefault('iscrowd', 0)
-            entry.setdefault('num_keypoints', count)
-    annotations.read('iscrowd', integer=True)
-    annotations.read('num_keypoints', integer=True)
-    return images, annotations
-
-
-def _check_names(images):
-    images.good['file_name'] = images.objects.copy()
-    for i in np.flatnonzero(images.objects).tolist():
-        if 'file_name' in images.entries[i]:
-            try:
-                check_below(images.entries[i]['file_name'], '.file_name', 'the image folder')
-            except DataError as e:
-                images.bad(i, 'file_name', str(e))
-        else:
-            images.bad(i, 'file_name', " has no 'file_name'")
-
-
-def read_annotations(
-    file: str | Path,  # in COCO's keypoint format
-    keypoint_names: Sequence[str],  # that the file must have, in this order
-    *,
-    annotated: bool = True,  # must there be annotations? COCO's image_info files have none
-) -> dict:  # the file's contents; iscrowd and num_keypoints filled in where absent
-    "A COCO keypoint file, checked; `DataError` naming the first field that is missing or makes no sense"
-    data = read_json(file)
-    check_annotations(data, file, keypoint_names, annotated=annotated)
-    return data
-
-# %% ../nbs/03a_files.ipynb #c5c232fc
-def check_detections(
-    data,  # contents of a detector file
-    file: str | Path,  # its name, for messages
-    image_ids: np.ndarray,  # ids that the detections may refer to
-    report: Callable[[Problem], None] = refuse,
-) -> Columns | None:  # detections; None: the file is no list
-    "Everything that must hold in a detector file"
-    if not isinstance(data, list):
-        report(Problem(str(file), 'file', 'must be a list of detections'))
-        return None
-    found = Columns(file, 'detections', data, report)
-    for field in ('category_id', 'image_id'):
-        found.read(field, integer=True)
-    size = found.read('bbox', 4)[:, 2:]
-    found.read('score')
-    found.require('image_id', np.isin(found['image_id'], image_ids), 'must be the id of an annotated image')
-    found.require('bbox', (size >= 0).all(1) & (size > 0).any(1), 'must have a positive size')
-    if not (found.good['category_id'] & (found['category_id'] == 1)).any():
-        report(Problem(str(file), 'detections.category_id', 'no detection has category_id 1 (person)'))
-    return found
-
-
-def read_detections(
-    file: str | Path,  # `[{"image_id", "category_id", "bbox": [x, y, w, h], "score"}, ...]`
-    image_ids: np.ndarray,  # ids that the detections may refer to
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # image_id (N,), boxes (N, 4), scores (N,)
-    "Person detections in the order of the file; `DataError` naming the first field that is missing or makes no sense"
-    found = check_detections(read_json(file), file, image_ids)
-    person = found['category_id'] == 1
-    return found['image_id'][person], found['bbox'][person].astype(np.float64), found['score'][person].astype(np.float64)
 
 # %% ../nbs/03a_files.ipynb #18af962d
 IMAGE_FORMATS = 'JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF'

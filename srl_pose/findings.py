@@ -22,9 +22,11 @@ from pycocotools import mask
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from .coco import KeypointSet, clip_boxes
-from .files import Columns, DataError, ImageMissing, Problem, decode_image, open_photograph, shown
+from .annotations import Columns
+from .crops import clip_boxes
+from .files import DataError, ImageMissing, Problem, decode_image, open_photograph, shown
 from .images import ArchiveImages, FolderImages
+from .keypoints import KeypointSet
 
 # %% ../nbs/04b_findings.ipynb #c4ec0006
 class Report:

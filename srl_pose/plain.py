@@ -18,7 +18,8 @@ import torch
 from pycocotools.coco import COCO
 from torchvision import transforms
 
-from .coco import MEAN, STD, CocoPersons, crop_matrix
+from .coco import MEAN, STD, CocoPersons
+from .crops import crop_matrix
 from .heatmap import Heatmaps, flip_order
 
 # %% ../nbs/06b_plain.ipynb #5d01fa21

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import math
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

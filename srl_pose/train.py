@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from .batches import GlobalBatches, prepare, validate, validation_loader
-from .checkpoint import (CheckpointError, fill, find_training, identity, load_checkpoint, load_start, only_writer,
+from .checkpoint import (CheckpointError, fill, find_training, identity, load_start, only_writer,
                                  random_state, save_checkpoint, set_random_state)
 from .experiment import Experiment, ParameterError, load_experiment
 from .files import DataError, project_root, write_json

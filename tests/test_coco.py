@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srl_pose.coco import Augmentation, CocoPersons
-from srl_pose.files import DataError, read_annotations
+from srl_pose.coco import CocoPersons
+from srl_pose.crops import Augmentation
+from srl_pose.annotations import read_annotations
+from srl_pose.files import DataError
 from srl_pose.heatmap import Heatmaps
 from srl_pose.keypoints import COCO_KEYPOINTS, KeypointSet
 

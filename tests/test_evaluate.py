@@ -14,7 +14,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from srl_pose.bootstrap import Matches, bootstrap, compare
-from srl_pose.coco import Augmentation, CocoPersons
+from srl_pose.coco import CocoPersons
+from srl_pose.crops import Augmentation
 from srl_pose.evaluate import (METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict, run_cocoeval,
                                val2017_warnings)
 from srl_pose.files import DataError, project_root, write_json

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from srl_pose import images as module
-from srl_pose.coco import Augmentation, CocoPersons, apply_matrix, crop_matrix
+from srl_pose.coco import CocoPersons
+from srl_pose.crops import Augmentation, apply_matrix, crop_matrix
 from srl_pose.files import DataError, project_root
 from srl_pose.images import ArchiveImages, FolderImages, open_cache
 

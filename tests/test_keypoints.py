@@ -4,12 +4,13 @@ import json
 import numpy as np
 import pytest
 
+from srl_pose.checkpoint import load_checkpoint
 from srl_pose.evaluate import evaluate
 from srl_pose.experiment import Experiment
 from srl_pose.files import DataError
 from srl_pose.keypoints import COCO_KEYPOINTS
 from srl_pose.sample import make_sample
-from srl_pose.train import load_checkpoint, train
+from srl_pose.train import train
 
 FIVE = 'nose left_wrist right_wrist left_ankle right_ankle'.split()
 

@@ -1,9 +1,10 @@
 """The whole chain on real photographs: a few persons of coco-mini, learned by heart."""
 import json
 
+from srl_pose.checkpoint import load_checkpoint
 from srl_pose.evaluate import evaluate
 from srl_pose.experiment import Experiment
-from srl_pose.train import load_checkpoint, train
+from srl_pose.train import train
 
 
 def few_persons(source, root, persons, copies):
