@@ -123,7 +123,7 @@ class Difference:
     "By how much a row exceeds another, and how sure that is."
     value: float  # of the means over seeds
     images: tuple[float, float] | None  # 95 % interval over images, paired
-    seeds: tuple[float, float] | None  # 95 % interval over seeds, simultaneous; None with a single seed somewhere
+    seeds: tuple[float, float] | None  # 95 % interval over seeds, simultaneous; None with a single seed
 
     @property
     def certain(self) -> bool | None:
@@ -147,16 +147,15 @@ def differences(
     "Of several rows to one."
     if control.mean(score) is None: return {}
     others = [row for row in rows if row is not control and row.mean(score) is not None]
-    samples = [row.values(score) for row in others]
-    intervals = [None] * len(others)
-    if others and min(len(s) for s in (*samples, control.values(score))) > 1 and any(map(np.ptp, (*samples, control.values(score)))):
-        found = dunnett(*samples, control=control.values(score), rng=np.random.default_rng(0)).confidence_interval()
-        intervals = [(float(low), float(high)) for low, high in zip(found.low, found.high)]
+    samples = {row.name: row.values(score) for row in (*others, control) if len(row.values(score)) > 1}
+    against, intervals = samples.pop(control.name, None), {}
+    if against and samples and any(map(np.ptp, (against, *samples.values()))):
+        found = dunnett(*samples.values(), control=against, rng=np.random.default_rng(0)).confidence_interval()
+        intervals = {name: (float(low), float(high)) for name, low, high in zip(samples, found.low, found.high)}
     result = {}
-    for row, seeds in zip(others, intervals):
-        a, b = row.resampled(score), control.resampled(score)
-        paired = compare(a, b)
-        result[row.name] = Difference(paired.value, (paired.low, paired.high), seeds)
+    for row in others:
+        paired = compare(row.resampled(score), control.resampled(score))
+        result[row.name] = Difference(paired.value, (paired.low, paired.high), intervals.get(row.name))
     return result
 
 

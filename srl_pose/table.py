@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'NOT_RUN', 'CONFOUNDED', 'HTML', 'Page', 'pages_of', 'accuracy_table', 'difference_table', 'cost_table',
-           'to_markdown', 'to_csv', 'to_html', 'plot_page', 'write_pages', 'publish']
+           'summary_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page', 'write_pages', 'publish']
 
 # %% ../nbs/07_table.ipynb #7616a92f
 import csv
@@ -136,7 +136,21 @@ def cost_table(page: Page) -> str:
                'in a batch', 'GB to train', 'hours trained']
     return _table(cells, headers, 3)
 
-# %% ../nbs/07_table.ipynb #3ffdc758
+# %% ../nbs/07_table.ipynb #f00a6504
+def summary_table(page: Page, score: str = 'AP') -> str:
+    "A line for each row: its score, how much it exceeds its baseline's, how sure that is, and what it costs in time."
+    ours, verdict, cells = against_baselines(page.rows, score), {True: '**yes**', False: 'no', None: '–'}, []
+    for row in page.rows:
+        mean, spread, base = row.mean(score), row.spread(score), baseline_of(row, page.rows)
+        line = [f'`{row.name}`', row.experiment.model.block or '–', NOT_RUN if mean is None else f'{mean:.3f}' + (f' ± {spread:.3f}' if spread else '')]
+        d = ours[row.name][1] if row.name in ours else None
+        line += [f'{d.value:+.3f}', _interval(d.images, '{:+.3f} to {:+.3f}'), _interval(d.seeds, '{:+.3f} to {:+.3f}'), verdict[d.certain]] if d else ['–'] * 4
+        priced = row.measured and base and base.measured
+        line += [f'{row.measured.seconds_alone / base.measured.seconds_alone - 1:+.1%}' if priced else '–']
+        cells.append(line)
+    return _table(cells, ['row', 'block', f'{score} ± over seeds', 'more than its baseline', '95 % over images', '95 % over seeds, all together', 'beyond both', 'time of an image'], 2)
+
+# %% ../nbs/07_table.ipynb #3515aa01
 CONFOUNDED = """The paper's rows without a block are Simple Baselines' published numbers: 140 epochs, learning rate lowered after 90 and 120. Its own rows
 were trained for up to 210 epochs. So its differences mix the block with half as much training again. How much a recipe alone is worth is known: ResNet-50 at 256×192 has .704 there and .718
 in mmpose, which is more than the block is said to add. It gives one number per row, so chance is not told apart from effect, and it gives FLOPs, not time. Here every row has a baseline under the same recipe,
@@ -189,7 +203,7 @@ def to_markdown(page: Page) -> str:
                     'convolutions at their output, in units of 2³⁰; + is what a block adds')
     return '\n'.join(text) + '\n'
 
-# %% ../nbs/07_table.ipynb #25f0de72
+# %% ../nbs/07_table.ipynb #d1781169
 def to_csv(page: Page) -> str:
     "One line per row; the paper's numbers in columns `paper_…`; empty: not run, not measured, or not in the paper."
     scores, sides = (*METRICS, 'PCK'), ('difference', 'images_low', 'images_high', 'seeds_low', 'seeds_high')
@@ -291,7 +305,7 @@ def write_pages(
         plt.close(figure)
     return out
 
-# %% ../nbs/07_table.ipynb #138d0a86
+# %% ../nbs/07_table.ipynb #120e888c
 def publish(
     params: str | Path | None = None,  # parameter file; None: `params.yaml` of the project
 ) -> Path:  # where the pages are
