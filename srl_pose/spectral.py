@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['spectrum_to_channels', 'channels_to_spectrum', 'inverse_rfft2', 'check_feature_map', 'without_autocast',
-           'SpectralReLU', 'TransformBlock', 'needed_size', 'SpectralBlock']
+           'SpectralReLU', 'TransformBlock', 'needed_size', 'real_rfft2', 'real_irfft2', 'SpectralBlock']
 
 # %% ../nbs/00_spectral.ipynb #0b133986
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -139,11 +140,41 @@ def needed_size(
     if size is None: raise ValueError(f'size=None: {reason} needs the (H, W) of the feature map')
     return size
 
+# %% ../nbs/00_spectral.ipynb #00ab0002
+def _cosines_and_sines(n: int, like: Tensor) -> list[Tensor]:
+    "cos(2πjk/n) and sin(2πjk/n), (n, n) each; computed outside of torch, so that an exporter sees constants"
+    angle = 2 * np.pi / n * (np.outer(np.arange(n), np.arange(n)) % n)
+    return [torch.tensor(m, dtype=like.dtype, device=like.device) for m in (np.cos(angle), np.sin(angle))]
+
+
+def real_rfft2(
+    x: Tensor,  # (B, C, H, W)
+) -> Tensor:  # (B, 2C, H, W//2+1)
+    "`spectrum_to_channels(rfft2(x))` without complex numbers."
+    H, W = x.shape[-2:]
+    (cos_h, sin_h), (cos_w, sin_w) = _cosines_and_sines(H, x), (m[:, :W // 2 + 1] for m in _cosines_and_sines(W, x))
+    re, im = x @ cos_w, -(x @ sin_w)
+    return torch.stack((cos_h @ re + sin_h @ im, cos_h @ im - sin_h @ re), dim=2).flatten(1, 2)
+
+
+def real_irfft2(
+    y: Tensor,  # (B, 2C, H, W//2+1), as of `real_rfft2`; need not have the symmetry of a real map
+    size: tuple[int, int],  # (H, W) of the result
+) -> Tensor:  # (B, C, H, W)
+    "`inverse_rfft2(channels_to_spectrum(y), size)` without complex numbers."
+    H, W = size
+    (cos_h, sin_h), (cos_w, sin_w) = _cosines_and_sines(H, y), (m[:W // 2 + 1] for m in _cosines_and_sines(W, y))
+    twice = np.where((np.arange(W // 2 + 1) == 0) | (2 * np.arange(W // 2 + 1) == W), 1., 2.)[:, None]  # others have a mirror image
+    twice = torch.tensor(twice / (H * W), dtype=y.dtype, device=y.device)
+    a, b = y[:, 0::2], y[:, 1::2]
+    return (cos_h @ a - sin_h @ b) @ (twice * cos_w) - (cos_h @ b + sin_h @ a) @ (twice * sin_w)
+
 # %% ../nbs/00_spectral.ipynb #2b34d796
 class SpectralBlock(TransformBlock):
     "x + alpha * irfft2(ReLU(BN(conv1x1(rfft2(x))))), (B, C, H, W): SRL-Fourier, `fft` as released (Chi et al. 2019)."
 
     fast = True  # the fast form where it applies? (set on the class or on one block)
+    complex = True  # by Fourier transforms? False: the same by products with real matrices, for runtimes without complex numbers
 
     def __init__(
         self,
@@ -162,12 +193,13 @@ class SpectralBlock(TransformBlock):
                          spectrum_size=spectrum_size, bottleneck=bottleneck)
 
     def spectral_residual(self, x: Tensor) -> Tensor:
+        if not self.complex: return real_irfft2(self.residual(real_rfft2(x)), x.shape[-2:])
         z = spectrum_to_channels(torch.fft.rfft2(x))  # (B, 2C, H, W//2+1)
         return inverse_rfft2(channels_to_spectrum(self.residual(z)), x.shape[-2:])
 
     def forward(self, x: Tensor) -> Tensor:
         check_feature_map(x, self.channels)
-        if self.fast and isinstance(self.conv_back, nn.Identity):
+        if self.fast and self.complex and isinstance(self.conv_back, nn.Identity):
             with without_autocast(x.device.type):
                 y = fast_forward(x, self.alpha, self.conv_layer, self.bn, self.relu)
             if y is not None: return y
