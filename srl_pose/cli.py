@@ -7,9 +7,11 @@ __all__ = ['main']
 
 # %% ../nbs/04d_cli.ipynb #c11c0003
 import argparse
+import re
 import sys
 
 from .check import check
+from .checkpoint import CheckpointError
 from .experiment import ParameterError, load_experiment, select
 from .files import DataError
 
@@ -30,6 +32,28 @@ def main(args: list[str] | None = None) -> int:
     command.add_argument('folder', help='of the data set')
     command.add_argument('--source', help="address of a mirror, or folder with the archives (default: COCO's own)")
     command.add_argument('--detections', help="the detector's file for val2017, if you have it: checked and taken over")
+    command = commands.add_parser('predict', help='poses in pictures and videos')
+    command.add_argument('sources', nargs='+', help='images, folders of them, globs in quotes, videos, or the number of a camera')
+    command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original or of Simple Baselines')
+    command.add_argument('--out', default='poses', help='folder for results.json, results.csv and pictures (default: poses)')
+    command.add_argument('--boxes', help="a detector's boxes, COCO results with image_id or file_name (default: each image is one person)")
+    command.add_argument('--find', metavar='DETECTOR', help="find persons by one of torchvision's detectors, such as fasterrcnn_resnet50_fpn_v2")
+    command.add_argument('--detector-weights', default='DEFAULT', help="torchvision's name or a file (default: DEFAULT, downloaded)")
+    command.add_argument('--box-threshold', type=float, help='boxes of a lower score are left out (default: 0.5 with --find, else 0)')
+    command.add_argument('--input-size', metavar='WxH', help='such as 192x256; needed where the checkpoint does not say')
+    command.add_argument('--colours', choices=('RGB', 'BGR'), help="order that the network expects (default: what the checkpoint says; BGR for the original's)")
+    command.add_argument('--decoder', choices=('quarter', 'none', 'dark', 'udp'), help='how maps are read (default: what the checkpoint says)')
+    command.add_argument('--keypoints', metavar='ANNOTATIONS', help="annotation file that names the keypoints (default: COCO's)")
+    command.add_argument('--no-flip', dest='flip_test', action='store_false', help='do not average with the mirrored image: twice as fast')
+    command.add_argument('--batch-size', type=int, default=32, help='persons at once (default: 32)')
+    command.add_argument('--threshold', type=float, default=0.2, help='keypoints of a lower confidence are not drawn (default: 0.2)')
+    command.add_argument('--no-pictures', dest='pictures', action='store_false', help='write only results.json and results.csv')
+    command.add_argument('--limit', type=int, help='stop after so many images or frames')
+    command.add_argument('--device', help='such as cpu or cuda:1 (default: a GPU if there is one)')
+    command = commands.add_parser('export', help='a network as ONNX, without complex numbers, with a batch of any size')
+    command.add_argument('weights', help='checkpoint of srl_pose, of the original or of Simple Baselines')
+    command.add_argument('out', help='file to write, such as pose.onnx')
+    command.add_argument('--input-size', metavar='WxH', help='such as 192x256; needed where the checkpoint does not say')
     commands.add_parser('publish', help='keep metrics and prices of params.yaml in results/, and write the pages there')
     command = commands.add_parser('check', help='report all that is in a data set, and all that is wrong with it')
     command.add_argument('data', help='folder with annotations/ and images/, which may be zip archives')
@@ -49,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
     command.add_argument('--check', metavar='ROW', help='also take real steps of this row here, in two processes, and compare')
     command.add_argument('--out', help='folder for plan.md and plan.csv')
     options = parser.parse_args(args)
-    for name, least in dict(seed=0, workers=1, persons=1, val_persons=1).items():
+    for name, least in dict(seed=0, workers=1, persons=1, val_persons=1, batch_size=1, limit=1).items():
         if (value := getattr(options, name, None)) is not None and value < least:
             parser.error(f'--{name.replace("_", "-")}: must be {least} or more')
     try:
@@ -65,6 +89,18 @@ def main(args: list[str] | None = None) -> int:
             print('\n'.join(download_coco(options.folder, options.source)) or 'everything is here already')
             if options.detections:
                 print(f'data.detections: {take_detections(options.detections, options.folder)}')
+        elif options.command in ('predict', 'export'):
+            chosen = {k: v for k, v in vars(options).items() if k != 'command'}
+            if options.input_size is not None:
+                if not (found := re.fullmatch(r'(\d+)[x×](\d+)', options.input_size)): parser.error('--input-size: must be such as 192x256')
+                chosen['input_size'] = int(found[1]), int(found[2])
+            if options.command == 'predict':
+                from srl_pose.predict import predict_command
+
+                return int(predict_command(**chosen) > 0)
+            from srl_pose.export import export_command
+
+            print(export_command(**chosen))
         elif options.command == 'publish':
             from srl_pose.table import publish
 
@@ -83,7 +119,7 @@ def main(args: list[str] | None = None) -> int:
                 out=options.out, seed=options.seed, workers=options.workers)
             print(report, end='')
             return int(bool(report.errors))
-    except (ParameterError, DataError) as error:
+    except (ParameterError, DataError, ConnectionError, CheckpointError, ModuleNotFoundError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     return 0
