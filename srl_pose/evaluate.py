@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from torchvision.utils import draw_keypoints
 
 from .annotations import read_annotations
 from .bootstrap import Matches, Resampled, bootstrap, bootstrap_share
@@ -337,24 +337,21 @@ def draw_poses(
     width: int = 2,  # of the limbs, in pixels
 ) -> torch.Tensor:  # (3, H, W) uint8
     "A copy of the image with skeletons: left side blue, right side orange, the rest white"
-    keypoints = torch.as_tensor(np.asarray(keypoints, np.float64)).reshape(-1, len(keypoint_set), 2)
-    shown = torch.ones(keypoints.shape[:2], dtype=torch.bool) if scores is None else torch.as_tensor(np.asarray(scores) > threshold)
+    canvas = np.array(image.permute(1, 2, 0).cpu().numpy(), order='C')  # a copy, whatever the layout of the image
+    keypoints = np.asarray(keypoints, np.float64)
+    shown = np.ones(keypoints.shape[:2], bool) if scores is None else np.asarray(scores) > threshold
     white, blue, orange = (255, 255, 255), (64, 160, 255), (255, 144, 32)
     colors = dict.fromkeys(range(len(keypoint_set)), white)
     for left, right in keypoint_set.flip_pairs:
         colors[left], colors[right] = blue, orange
-    limbs = {white: [], blue: [], orange: []}
-    for a, b in keypoint_set.skeleton:
-        sides = {colors[a], colors[b]} - {white}  # a limb from left to right is white, too
-        limbs[sides.pop() if len(sides) == 1 else white].append((a, b))
-    canvas = image.cpu().clone()
-    if not shown.any(): return canvas
-    for color, joined in limbs.items():
-        if joined: canvas = draw_keypoints(canvas, keypoints, joined, color, radius=0, width=width, visibility=shown)
-    for color in limbs:
-        mine = shown & torch.tensor([colors[k] == color for k in range(len(keypoint_set))])
-        if mine.any(): canvas = draw_keypoints(canvas, keypoints, None, color, radius=width, visibility=mine)
-    return canvas
+    for points, drawn in zip(np.rint(keypoints).astype(int).tolist(), shown):
+        for a, b in keypoint_set.skeleton:
+            sides = {colors[a], colors[b]} - {white}  # a limb from left to right is white, too
+            if drawn[a] and drawn[b]:
+                cv2.line(canvas, points[a], points[b], sides.pop() if len(sides) == 1 else white, width, cv2.LINE_AA)
+        for k in np.flatnonzero(drawn):
+            cv2.circle(canvas, points[k], width, colors[int(k)], -1, cv2.LINE_AA)
+    return torch.from_numpy(canvas).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/06_evaluate.ipynb #bd78bd59
 def plot_predictions(
