@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'NOT_RUN', 'CONFOUNDED', 'HTML', 'Page', 'pages_of', 'accuracy_table', 'difference_table', 'cost_table',
-           'summary_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page', 'write_pages', 'publish']
+           'summary_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page', 'plot_differences', 'write_pages',
+           'publish']
 
 # %% ../nbs/07_table.ipynb #7616a92f
 import csv
@@ -22,7 +23,7 @@ from .compare import TOPS, Row, against_baselines, baseline_of, measured_file, r
 from .evaluate import METRICS
 from .experiment import load_experiments
 from .files import project_root, whole_file
-from .published import TABLES, Published, published
+from .published import PAPER, TABLES, Published, published
 
 # %% ../nbs/07_table.ipynb #db89423d
 @dataclass(frozen=True)
@@ -283,6 +284,28 @@ def plot_page(page: Page) -> Figure:
     panels[0].legend(fontsize=7)
     panels[0].set(ylabel='AP')
     figure.suptitle(page.title)
+    return figure
+
+
+def plot_differences(
+    page: Page,
+    scores: tuple[str, ...] = ('PCK', 'AP'),
+) -> Figure:
+    "By how much every row exceeds its baseline, with both intervals: what lies outside of 0 in both is more than chance."
+    figure, panels = plt.subplots(1, len(scores), figsize=(5 * len(scores), 1.2 + 0.35 * len(page.rows)), layout='constrained', sharey=True, squeeze=False)
+    for axes, score in zip(panels[0], scores):
+        found = against_baselines(page.rows, score)
+        names = [row.name for row in page.rows if row.name in found]
+        for y, d in enumerate(found[name][1] for name in names):
+            if d.seeds: axes.plot(d.seeds, [y - 0.12] * 2, color='C1', lw=3)
+            axes.plot(d.images, [y + 0.12] * 2, color='C0', lw=3)
+            axes.plot(d.value, y, 'ko', ms=4)
+        axes.axvline(0, color='gray', lw=1, ls=':')
+        axes.locator_params(axis='x', nbins=6)
+        axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=f'{score} minus that of the baseline')
+    panels[0, 0].plot([], [], 'C1', lw=3, label='95 % over seeds, all together')
+    panels[0, 0].plot([], [], 'C0', lw=3, label='95 % over images')
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2, frameon=False, fontsize=8)
     return figure
 
 
