@@ -1,5 +1,4 @@
 """Tables 2 and 3 of the paper, parameters and GFLOPs, to the printed digit."""
-import csv
 import math
 
 import pytest
@@ -7,9 +6,9 @@ import torch
 
 from srl_pose.flops import count_flops, count_params, published_gflops
 from srl_pose.pose_net import BLOCKS, PoseResNet
-from srl_pose.table import PUBLISHED
+from srl_pose.published import PAPER
 
-TABLE_2 = [row for row in csv.DictReader(PUBLISHED.strip().splitlines()) if row['source'] == 'Table 2']
+TABLE_2 = [p for p in PAPER if 2 in p.tables]
 TABLE_3 = [  # ResNet-50, three blocks: extra GFLOPs at 256x192 and at 384x288, extra million parameters
     ('nl', 2.90, 13.26, 0.39), ('a2', 0.28, 0.62, 0.20), ('cgnl', 0.39, 0.88, 0.31), ('cc', 1.20, 2.76, 0.92),
     ('fft', 0.09, 0.20, 0.10)]
@@ -33,12 +32,12 @@ def test_table_2_is_complete():
     assert len(TABLE_2) == 18
 
 
-@pytest.mark.parametrize('row', TABLE_2, ids=lambda row: f'{row["backbone"]}-{row["height"]}-{row["block"]}')
+@pytest.mark.parametrize('row', TABLE_2, ids=lambda p: f'{p.network[0]}-{p.network[1][1]}-{p.network[3]}')
 def test_table_2(row):
-    model = build(row['backbone'], row['block'])
-    count = published_gflops(model, (int(row['width']), int(row['height'])))
-    assert_printed(count, float(row['GFLOPs']), (row['backbone'], row['block'], int(row['height'])) in ROUNDED_UP)
-    assert f'{count_params(model) / 1e6:.2f}' == row['Mparams']
+    backbone, size, _, block, _ = row.network
+    model = build(backbone, block)
+    assert_printed(published_gflops(model, size), row.gflops, (backbone, block, size[1]) in ROUNDED_UP)
+    assert round(count_params(model) / 1e6, 2) == row.mparams
 
 
 @pytest.mark.parametrize('block, small, large, mparams', TABLE_3, ids=[row[0] for row in TABLE_3])
