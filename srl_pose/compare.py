@@ -122,21 +122,21 @@ def read_rows(
 class Difference:
     "By how much a row exceeds another, and how sure that is."
     value: float  # of the means over seeds
-    images: tuple[float, float] | None  # 95 % interval over images, paired
+    images: tuple[float, float]  # 95 % interval over images, paired
     seeds: tuple[float, float] | None  # 95 % interval over seeds, simultaneous; None with a single seed
 
     @property
     def certain(self) -> bool | None:
-        "Is 0 outside of both intervals? None where one of them is missing."
-        if self.images is None or self.seeds is None: return None
+        "Is 0 outside of both intervals? None with a single seed."
+        if self.seeds is None: return None
         return all(low > 0 or high < 0 for low, high in (self.images, self.seeds))
 
 
 def baseline_of(row: Row, rows: list[Row]) -> Row | None:
     "The row without a block whose network is otherwise the same; None for such a row itself."
+    if row.experiment.model.block is None: return None
     def key(r): return r.experiment.model.model_dump(exclude={'block', 'block_after', 'block_options'}), r.experiment.evaluate.boxes
-    return next((r for r in rows if r is not row and r.experiment.model.block is None and key(r) == key(row)), None) \
-        if row.experiment.model.block else None
+    return next((r for r in rows if r.experiment.model.block is None and key(r) == key(row)), None)
 
 
 def differences(

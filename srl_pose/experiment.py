@@ -312,7 +312,7 @@ def load_experiments(
         if not isinstance(mappings, dict) or not mappings:
             raise ParameterError(f'{path}: {key}: must name at least one {key.removesuffix("s")}')
     recipe, seeds = values.get('recipe'), values.get('seeds')
-    if recipe not in named['recipes']:
+    if not isinstance(recipe, str) or recipe not in named['recipes']:
         raise ParameterError(f'{path}: recipe: {recipe!r} is none of the recipes {", ".join(named["recipes"])}')
     for s in SECTIONS:
         if not isinstance(values.get(s), dict):
@@ -320,9 +320,10 @@ def load_experiments(
     if 'seed' in values['train']:
         raise ParameterError(f'{path}: train.seed: unknown parameter; seeds: names all seeds')
     values['train'] = {**values['train'], 'seed': seeds[0] if isinstance(seeds, list) and seeds else 0}
-    for name, recipe in named['recipes'].items():  # all of them, for the day that another one is chosen
-        _experiment(path, values, name, recipe, *next(iter(named['rows'].items())))
-    return {str(name): _experiment(path, values, values['recipe'], named['recipes'][values['recipe']], str(name), row)
+    first = next(iter(named['rows'].items()))
+    for name, other in named['recipes'].items():  # all of them, for the day that another one is chosen
+        _experiment(path, values, str(name), other, str(first[0]), first[1])
+    return {str(name): _experiment(path, values, recipe, named['recipes'][recipe], str(name), row)
             for name, row in named['rows'].items()}
 
 

@@ -16,18 +16,18 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from .experiment import Experiment, Section
-from .files import DataError, read_json, write_json
+from .files import DataError, write_json
 from .flops import count_flops, count_params, published_gflops
 from .heatmap import heatmap_loss
-from .metrics import Provenance
+from .metrics import Provenance, read_section
 from .provenance import provenance
 
 # %% ../nbs/06e_measure.ipynb #5b63f212
 BATCH = 32  # images of the large batch
 TRAINING_PERSONS = {'cpu': 4, 'cuda': 32}  # in the training step whose memory is measured
+FREE = ('weights', 'decoder')  # parameters that no cost depends on
 
 
 class Measured(Section):
@@ -122,12 +122,7 @@ def read_measured(
     experiment: Experiment,  # whose it should be
 ) -> Measured:
     "`DataError` naming file and field if it is damaged or another's."
-    try:
-        measured = Measured.model_validate_json(Path(path).read_bytes(), strict=True)
-    except ValidationError as error:
-        e = error.errors()[0]
-        if e['type'] == 'json_invalid': read_json(path)  # says where
-        raise DataError(f'{path}: {".".join(map(str, e["loc"])) or "content"}: {e["msg"][0].lower()}{e["msg"][1:]}') from None
+    measured = read_section(Measured, path)
     here, there = experiment.model.model_dump(mode='json'), measured.model
     wanted = {'set': experiment.set, 'row': experiment.name, **{f'model.{k}': v for k, v in here.items() if k not in FREE}}
     found = {'set': measured.set, 'row': measured.row, **{f'model.{k}': v for k, v in there.items() if k not in FREE}}
@@ -135,6 +130,3 @@ def read_measured(
         if wanted.get(name) != found.get(name):
             raise DataError(f'{path}: {name}: is {found.get(name)!r}, but row {experiment.name} of {experiment.set} has {wanted.get(name)!r}')
     return measured
-
-
-FREE = ('weights', 'decoder')  # what no cost depends on

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'Code', 'Provenance', 'Training', 'EvaluationSettings', 'Draws', 'RunMetrics', 'collect_metrics',
-           'write_metrics', 'OtherParameters', 'read_metrics']
+           'write_metrics', 'read_section', 'OtherParameters', 'read_metrics']
 
 # %% ../nbs/06d_metrics.ipynb #eb819bc2
 import json
@@ -127,6 +127,16 @@ def write_metrics(metrics: RunMetrics, path: str | Path) -> None:
         partial.write_text(text + '\n', encoding='utf-8')
 
 # %% ../nbs/06d_metrics.ipynb #6918c257
+def read_section(kind: type[Section], path: str | Path) -> Section:
+    "A file of this kind. `DataError` naming the file and the first field that is missing or wrong."
+    try:
+        return kind.model_validate_json(Path(path).read_bytes(), strict=True)
+    except ValidationError as error:
+        e = error.errors()[0]
+        if e['type'] == 'json_invalid': read_json(path)  # says where
+        raise DataError(f'{path}: {".".join(map(str, e["loc"])) or "content"}: {e["msg"][0].lower()}{e["msg"][1:]}') from None
+
+
 class OtherParameters(DataError):
     "A metrics file that is in order, but of a run with other parameters than are asked for."
 
@@ -142,13 +152,7 @@ def read_metrics(
     experiment: Experiment,  # whose it should be
 ) -> RunMetrics:
     "The metrics of a run. `DataError` naming file and field if it is damaged or another's, `OtherParameters` if those differ."
-    try:
-        metrics = RunMetrics.model_validate_json(Path(path).read_bytes(), strict=True)
-    except ValidationError as error:
-        e = error.errors()[0]
-        if e['type'] == 'json_invalid': read_json(path)  # says where
-        field = '.'.join(map(str, e['loc'])) or 'content'
-        raise DataError(f'{path}: {field}: {e["msg"][0].lower()}{e["msg"][1:]}') from None
+    metrics = read_section(RunMetrics, path)
     if missing := [name for name in METRICS if name not in metrics.scores]:
         raise DataError(f'{path}: scores.{missing[0]}: missing')
     for name, value in metrics.scores.items():

@@ -267,7 +267,7 @@ def plot_page(page: Page) -> Figure:
     for axes, (kind, price) in zip(panels, kinds.items()):
         for row in priced:
             x, color, p = price(row.measured), f'C{blocks.index(row.experiment.model.block or "none")}', published(row.experiment)
-            if p and row.experiment.model.backbone:
+            if p:
                 axes.plot(x, p.scores['AP'], 'D', mfc='none', color=color)
                 axes.annotate(row.name, (x, p.scores['AP']), xytext=(5, 3), textcoords='offset points', fontsize=6, color='gray')
             if row.runs:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 STAGES = sorted((ROOT / 'nbs' / 'stages').glob('*.ipynb'))
@@ -79,3 +80,10 @@ def test_the_committed_lock_records_no_machine():
     if committed.returncode:
         pytest.skip('not a git checkout')
     assert committed.stdout == "schema: '2.0'\nstages: {}\n", 'run make setup before dvc, so that git leaves dvc.lock alone'
+
+
+def test_torch_hub_finds_the_block():
+    """hubconf.py works from a local path, and what it hands out is the package's own."""
+    block = torch.hub.load(str(ROOT), 'spectral_block', source='local', channels=16)
+    x = torch.randn(1, 16, 5, 4)
+    assert torch.equal(block(x), x) and type(block).__module__ == 'srl_pose.spectral'
