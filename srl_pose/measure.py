@@ -7,6 +7,7 @@ __all__ = ['BATCH', 'TRAINING_PERSONS', 'FREE', 'Measured', 'measure', 'write_me
 
 # %% ../nbs/06e_measure.ipynb #70397a37
 import os
+import re
 import resource
 import statistics
 import sys
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import torch
 
 from .experiment import Experiment, Section
@@ -50,12 +52,14 @@ class Measured(Section):
 def _peak_memory(device: torch.device) -> int:
     "Bytes at the peak so far"
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
+    if sys.platform == 'linux':
+        return 1024 * int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def _training_step(experiment, persons, device):
-    "The network after one training step, and the bytes that both added to the peak"
-    (w, h), before = experiment.model.input_size, _peak_memory(device)
+    "The network after one training step, and the bytes that both took at the peak"
+    (w, h), before = experiment.model.input_size, 0 if device.type == 'cuda' else psutil.Process().memory_info().rss
     model = experiment.model.build(pretrained=False).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters())
     images = torch.randn(persons, 3, h, w, device=device).to(memory_format=torch.channels_last)
