@@ -31,6 +31,7 @@ from .attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAttentionBlo
 from .files import whole_file, write_json
 from .heatmap import heatmap_loss
 from .pose_net import PoseResNet
+from .provenance import device_name
 from .spectral import SpectralBlock
 
 # %% ../nbs/02c_benchmark.ipynb #f1490b85
@@ -255,15 +256,8 @@ def plot_blocks(rows: list[dict], *, layout: str = 'contiguous') -> Figure:
 # %% ../nbs/02c_benchmark.ipynb #52b146e0
 def machine(device: str) -> dict:
     "What the numbers were measured on."
-    name = torch.cuda.get_device_name(device) if device.startswith('cuda') else _processor()
-    return dict(device=name, threads=torch.get_num_threads(), torch=str(torch.__version__), python=platform.python_version(),
+    return dict(device=device_name(device), threads=torch.get_num_threads(), torch=str(torch.__version__), python=platform.python_version(),
                 system=platform.system(), command=f'python -m srl_pose.benchmark {" ".join(sys.argv[1:])}'.strip())
-
-
-def _processor() -> str:
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
-    return f'{len(names)} × {names[0]}' if names else platform.processor() or platform.machine()
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -13,12 +13,14 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
 import torch
 
+from .benchmark import median_ratio, take_turns
 from .experiment import Experiment, Section
 from .files import DataError, write_json
 from .flops import count_flops, count_params, published_gflops
@@ -42,6 +44,8 @@ class Measured(Section):
     published_gflops: float  # in the paper's convention
     seconds_alone: float  # of an image, one at a time
     seconds_in_batch: float  # of an image, `batch` at a time
+    ratio_alone: float | None  # to the same network without its blocks, both in turns; None: it has none
+    ratio_in_batch: float | None
     batch: int
     training_memory: int  # bytes at the peak of a training step, beyond what the process had before
     training_persons: int  # in that step
@@ -70,28 +74,40 @@ def _training_step(experiment, persons, device):
 
 
 @torch.inference_mode()
-def _seconds(model, images, least):
-    "Median seconds of a forward pass; the first one warms up, unless it alone takes `least` seconds"
-    def once():
-        if images.is_cuda: torch.cuda.synchronize()
-        start = time.perf_counter()
-        model(images)
-        if images.is_cuda: torch.cuda.synchronize()
-        return time.perf_counter() - start
-    first, times = once(), []
-    while sum(times) < least - first and len(times) < 100 or first < least and len(times) < 3: times.append(once())
-    return statistics.median(times or [first])
+def _pass(model, images):
+    "Seconds of a forward pass"
+    if images.is_cuda: torch.cuda.synchronize()
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda: torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _in_turns(models, images, least):
+    "Seconds of the forward passes of each model, after one to warm up: about `least` seconds of each, at least one pass"
+    trials = {name: partial(_pass, model, images) for name, model in models.items()}
+    seconds = take_turns(trials, 1)
+    rounds = min(100, int(least / max(s[0] for s in seconds.values())))
+    return take_turns(trials, rounds) if rounds > 1 else seconds
 
 
 def _measure(experiment, batch, persons, least, threads):
-    "In a process of its own: training memory, seconds alone, seconds in a batch"
+    "In a process of its own: what of `Measured` must be measured"
     torch.set_num_threads(threads)
     device, (w, h) = experiment.machine.torch_device(), experiment.model.input_size
     torch.manual_seed(0)
     model, memory = _training_step(experiment, persons, device)
     model.eval().zero_grad()
-    images = torch.randn(batch, 3, h, w, device=device).to(memory_format=torch.channels_last)
-    return memory, _seconds(model, images[:1], least), _seconds(model, images, least) / batch
+    models = dict(own=model)
+    if experiment.model.block:
+        plain = experiment.model.model_copy(update=dict(block=None, block_options={}))
+        models['plain'] = plain.build(pretrained=False).to(device, memory_format=torch.channels_last).eval()
+    images, found = torch.randn(batch, 3, h, w, device=device).to(memory_format=torch.channels_last), {}
+    for name, some in (('alone', images[:1]), ('in_batch', images)):
+        seconds = _in_turns(models, some, least)
+        found[f'seconds_{name}'] = statistics.median(seconds['own']) / len(some)
+        found[f'ratio_{name}'] = median_ratio(seconds['own'], seconds['plain']) if len(models) > 1 else None
+    return dict(training_memory=memory, **found)
 
 
 def measure(
@@ -99,21 +115,20 @@ def measure(
     *,
     batch: int = BATCH,  # of the large batch
     persons: int | None = None,  # in the training step; None: `TRAINING_PERSONS` of the device
-    least: float = 2.0,  # seconds to time each
+    least: float = 6.0,  # seconds to time each
 ) -> Measured:
     "Price a row on this machine, in a new process."
     device, threads = experiment.machine.torch_device(), os.cpu_count() or 1
     persons = persons or TRAINING_PERSONS[device.type]
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-        memory, alone, in_batch = pool.submit(_measure, experiment, batch, persons, least, threads).result()
+        found = pool.submit(_measure, experiment, batch, persons, least, threads).result()
     with torch.device('meta'):
         model = experiment.model.build(pretrained=False).eval()
     size = experiment.model.input_size
     return Measured(
         set=experiment.set, row=experiment.name, model=experiment.model.model_dump(mode='json'), params=count_params(model),
-        flops=count_flops(model, size), published_gflops=published_gflops(model, size), seconds_alone=alone,
-        seconds_in_batch=in_batch, batch=batch, training_memory=memory, training_persons=persons, threads=threads,
-        provenance=provenance(device))
+        flops=count_flops(model, size), published_gflops=published_gflops(model, size),
+        batch=batch, training_persons=persons, threads=threads, provenance=provenance(device), **found)
 
 
 def write_measured(measured: Measured, path: str | Path) -> None:

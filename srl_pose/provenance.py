@@ -8,6 +8,7 @@ __all__ = ['LIBRARIES', 'device_name', 'code_version', 'provenance']
 # %% ../nbs/04e_provenance.ipynb #717e8f0e
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +22,12 @@ LIBRARIES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pycocotools')  #
 
 
 def device_name(device: str | torch.device = 'cpu') -> str:
-    "Such as 'NVIDIA H100' or '2 CPU cores (x86_64)'."
+    "Such as 'NVIDIA H100' or '2 × AMD EPYC'."
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'{os.cpu_count()} CPU cores ({platform.machine()})'
+    info = Path('/proc/cpuinfo')
+    names = re.findall(r'^model name\s*:\s*(.+)$', info.read_text(), re.M) if info.exists() else []
+    return f'{os.cpu_count()} × {names[0] if names else platform.processor() or platform.machine()}'
 
 
 def _git(folder, *command):

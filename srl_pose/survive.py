@@ -8,7 +8,6 @@ __all__ = ['TINY', 'COMMANDS', 'TARGETS', 'make_project', 'Command', 'kill_one',
 # %% ../nbs/05f_survive.ipynb #46e630d2
 import argparse
 import os
-import platform
 import random
 import re
 import shutil
@@ -25,6 +24,7 @@ import srl_pose
 from .checkpoint import read_checkpoint
 from .files import project_root, write_json
 from .launch import alive
+from .provenance import device_name
 from .sample import make_sample
 
 # %% ../nbs/05f_survive.ipynb #ed6526c6
@@ -212,7 +212,7 @@ def survive(
         r['killed'] and not r['orphans'] and not r['repeats'] for r in rounds)
     return dict(passed=passed, survived=sum(bool(r['killed']) and not r['orphans'] for r in rounds), epochs=epochs,
                 steps=total, seed=seed, seconds=round(time.monotonic() - start), series=series, rounds=rounds,
-                machine=f'{os.cpu_count()} CPU cores ({platform.machine()})', torch=str(torch.__version__))
+                machine=device_name(), torch=str(torch.__version__))
 
 
 def _weights(project: Path) -> dict[str, torch.Tensor]:

@@ -119,6 +119,11 @@ def _paper_cost(row: Row, p: Published | None, name: str) -> str:
     return '–' if value is None else f'{"+" if p.added else ""}{value:.2f}'
 
 
+def _more(ratio: float | None) -> str:
+    "In percent of what it is a ratio to"
+    return '–' if ratio is None else f'{ratio - 1:+.1%}'
+
+
 def cost_table(page: Page) -> str:
     "What every row costs, and what the paper says it does."
     cells = []
@@ -129,12 +134,12 @@ def cost_table(page: Page) -> str:
         cells.append([*_what(row), *((
             f'{m.params / 1e6:.2f}' + (f' (+{(m.params - base.measured.params) / 1e6:.2f})' if added else ''), _paper_cost(row, p, 'mparams'),
             f'{m.published_gflops:.2f}' + (f' (+{m.published_gflops - base.measured.published_gflops:.2f})' if added else ''),
-            _paper_cost(row, p, 'gflops'), f'{m.flops / 1e9:.2f}', f'{1e3 * m.seconds_alone:.1f}', f'{1e3 * m.seconds_in_batch:.1f}',
-            f'{m.training_memory / 1e9:.2f}') if m else ('not measured', _paper_cost(row, p, 'mparams'), 'not measured',
-                                                         _paper_cost(row, p, 'gflops'), *['not measured'] * 4)),
+            _paper_cost(row, p, 'gflops'), f'{m.flops / 1e9:.2f}', f'{1e3 * m.seconds_alone:.1f}', _more(m.ratio_alone), f'{1e3 * m.seconds_in_batch:.1f}',
+            _more(m.ratio_in_batch), f'{m.training_memory / 1e9:.2f}') if m else ('not measured', _paper_cost(row, p, 'mparams'), 'not measured',
+                                                         _paper_cost(row, p, 'gflops'), *['not measured'] * 6)),
             f'{statistics.mean(hours):.2f}' if hours else NOT_RUN])
-    headers = ['row', 'input', 'block', 'params (M)', 'paper', "GFLOPs, paper's convention", 'paper', 'true GFLOPs', 'ms per image, alone',
-               'in a batch', 'GB to train', 'hours trained']
+    headers = ['row', 'input', 'block', 'params (M)', 'paper', "GFLOPs, paper's convention", 'paper', 'true GFLOPs', 'ms per image, alone', 'for the block',
+               'in a batch', 'for the block', 'GB to train', 'hours trained']
     return _table(cells, headers, 3)
 
 # %% ../nbs/07_table.ipynb #f00a6504
@@ -142,12 +147,11 @@ def summary_table(page: Page, score: str = 'AP') -> str:
     "A line for each row: its score, how much it exceeds its baseline's, how sure that is, and what it costs in time."
     ours, verdict, cells = against_baselines(page.rows, score), {True: '**yes**', False: 'no', None: '–'}, []
     for row in page.rows:
-        mean, spread, base = row.mean(score), row.spread(score), baseline_of(row, page.rows)
+        mean, spread = row.mean(score), row.spread(score)
         line = [f'`{row.name}`', row.experiment.model.block or '–', NOT_RUN if mean is None else f'{mean:.3f}' + (f' ± {spread:.3f}' if spread else '')]
         d = ours[row.name][1] if row.name in ours else None
         line += [f'{d.value:+.3f}', _interval(d.images, '{:+.3f} to {:+.3f}'), _interval(d.seeds, '{:+.3f} to {:+.3f}'), verdict[d.certain]] if d else ['–'] * 4
-        priced = row.measured and base and base.measured
-        line += [f'{row.measured.seconds_alone / base.measured.seconds_alone - 1:+.1%}' if priced else '–']
+        line += [_more(row.measured and row.measured.ratio_alone)]
         cells.append(line)
     return _table(cells, ['row', 'block', f'{score} ± over seeds', 'more than its baseline', '95 % over images', '95 % over seeds, all together', 'beyond both', 'time of an image'], 2)
 
@@ -210,7 +214,7 @@ def to_csv(page: Page) -> str:
     scores, sides = (*METRICS, 'PCK'), ('difference', 'images_low', 'images_high', 'seeds_low', 'seeds_high')
     names = ['set', 'recipe', 'row', 'backbone', 'width', 'height', 'block', 'block_after', 'boxes', 'flip_test', 'decoder', 'seeds', 'run_elsewhere',
              *scores, 'AP_low', 'AP_high', 'AP_sd', 'PCK_low', 'PCK_high', 'PCK_sd', 'compared_with', *(f'{s}_{k}' for s in ('AP', 'PCK') for k in sides),
-             'training_seconds', 'params', 'flops', 'published_gflops', 'seconds_alone', 'seconds_in_batch', 'training_memory', 'device',
+             'training_seconds', 'params', 'flops', 'published_gflops', 'seconds_alone', 'ratio_alone', 'seconds_in_batch', 'ratio_in_batch', 'training_memory', 'device',
              *(f'paper_{k}' for k in (*METRICS, 'gflops', 'mparams', 'added'))]
     out, found = io.StringIO(), {score: against_baselines(page.rows, score) for score in ('AP', 'PCK')}
     writer = csv.DictWriter(out, names, lineterminator='\n')
@@ -229,7 +233,7 @@ def to_csv(page: Page) -> str:
                 d = found[score][row.name][1]
                 line |= dict(zip((f'{score}_{k}' for k in sides), (d.value, *d.images, *(d.seeds or ()))))
         if row.runs: line['training_seconds'] = statistics.mean(run.training.seconds for run in row.runs.values())
-        if m: line |= m.model_dump(include={'params', 'flops', 'published_gflops', 'seconds_alone', 'seconds_in_batch', 'training_memory'}) \
+        if m: line |= m.model_dump(include={'params', 'flops', 'published_gflops', 'seconds_alone', 'ratio_alone', 'seconds_in_batch', 'ratio_in_batch', 'training_memory'}) \
             | dict(device=m.provenance.device)
         if p: line |= {f'paper_{k}': v for k, v in p.scores.items()} | dict(paper_gflops=p.gflops, paper_mparams=p.mparams, paper_added=p.added)
         writer.writerow({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in line.items()})
