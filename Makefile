@@ -12,6 +12,7 @@
 #   make setup                only set up
 #   make lab                  JupyterLab on the notebooks
 #   make survive              kill, interrupt and break training runs in all ways (minutes; make test does it in one)
+#   make site                 the documentation site, into outputs/site/html/ (runs all notebooks once; then check it: make site-check)
 #   make publish              keep metrics, prices and pages in results/, and write README.md
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 
-.PHONY: table measure pages test survive setup lab coco lspet sample publish readme
+.PHONY: table measure pages test survive setup lab coco lspet sample publish readme site site-check
 
 # outputs/SET/RECIPE of params.yaml
 HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
@@ -75,6 +76,13 @@ coco lspet sample: setup
 
 lab: setup
 	jupyter lab nbs
+
+site: setup
+	@python scripts/site.py build
+
+site-check: setup
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { echo "error: no Chromium (apt install chromium)" >&2; exit 1; }
+	@python scripts/site.py check
 
 publish: setup
 	@srl-pose publish

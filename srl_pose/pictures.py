@@ -39,6 +39,7 @@ class Frame:
     name: str  # of its file, or of the video with the number of the frame
     image: np.ndarray | None  # (H, W, 3) uint8 RGB; None if it cannot be read
     error: str | None = None  # why not
+    fps: float | None = None  # of its video
 
 
 VIDEO_ENDINGS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg', '.m4v')
@@ -52,11 +53,12 @@ def _video(source: str | int, name: str) -> Iterator[Frame]:
         yield Frame(name, None, f'{name}: {"there is no such camera" if isinstance(source, int) else "video cannot be opened"}')
         return
     expected, n = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if isinstance(source, str) else 0, 0
+    fps = capture.get(cv2.CAP_PROP_FPS) or None
     try:
         while True:
             good, pixels = capture.read()
             if not good: break
-            yield Frame(f'{name}#{n}', cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+            yield Frame(f'{name}#{n}', cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), fps=fps)
             n += 1
     finally:
         capture.release()

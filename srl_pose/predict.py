@@ -26,6 +26,7 @@ from .crops import box_to_center_scale, crop_matrix, crop_window, keypoints_to_i
 from .evaluate import draw_poses, oks_nms, pose_heatmaps, rescore
 from .files import DataError, whole_file, write_json
 from .heatmap import Heatmaps
+from .inference import fold_batchnorm
 from .keypoints import COCO_KEYPOINTS, KeypointSet, read_keypoint_set
 from .original import load_original
 from .person_boxes import BoxSource, boxes_from_file, check_boxes, detector, whole_images
@@ -74,8 +75,20 @@ class Predictor:
             raise CheckpointError(f'{weights}: predicts {count} keypoints, the keypoint set has {len(points)} ({", ".join(points.names[:3])}, ...); '
                                   'give the annotation file it was trained with')
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        return cls(model, tuple(known['input_size']), Heatmaps(tuple(known['input_size']), decoder=known['decoder']), points, known['bgr'])
+        return cls.of(model.to(device), Heatmaps(tuple(known['input_size']), decoder=known['decoder']), points, known['bgr'])
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,  # changed: from now on it is for inference
+        heatmaps: Heatmaps,  # reads its maps
+        keypoint_set: KeypointSet = COCO_KEYPOINTS,
+        bgr: bool = False,
+    ) -> 'Predictor':
+        "Make a network fast: BatchNorm folded, channels last."
+        model = model.eval().requires_grad_(False)
+        fold_batchnorm(model)
+        return cls(model.to(memory_format=torch.channels_last), heatmaps.input_size, heatmaps, keypoint_set, bgr)
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +106,7 @@ class Poses:
     scores: np.ndarray  # (N,) of the persons: box times mean confidence, as COCO's results
     error: str | None = None  # why there is nothing
     image: np.ndarray | None = None  # (H, W, 3) uint8 RGB, if it was to be kept
+    fps: float | None = None  # of its video
 
 
 @dataclass
@@ -155,7 +169,7 @@ def predict_frames(
         keep = np.arange(len(total)) if nms_threshold is None else \
             np.sort(oks_nms(item.keypoints[..., :2], item.area, total, sigmas=points.sigmas, threshold=nms_threshold))
         return Poses(frame.name, frame.image.shape[1::-1], item.keypoints[keep], item.boxes[keep], total[keep], None,
-                     frame.image if keep_images else None)
+                     frame.image if keep_images else None, frame.fps)
 
     frames = iter(frames)
     while group := list(itertools.islice(frames, images_at_once)):
@@ -221,39 +235,51 @@ class Outputs:
             with whole_file(self.folder / 'results.csv') as partial: partial.write_text('')
         except OSError as error:
             raise DataError(f'{folder}: cannot be written ({error.strerror})') from None
-        self.entries, self.rows, self.drawn, self.video, self.number = [], [], set(), None, -1
+        self.entries, self.rows, self.files, self.video, self.count = [], [], set(), None, 0
+        self.ids, self.free = set(), itertools.count()
+
+    def _image_id(self, stem, of_video):
+        "The number that is the file's name, as COCO's are, or else one that no other image has"
+        named = not of_video and stem.isdecimal() and int(stem) not in self.ids
+        self.ids.add(found := int(stem) if named else next(n for n in self.free if n not in self.ids))
+        return found
+
+    def _file(self, folder, stem, ending):
+        "A new file; sources in several folders may have the same name"
+        names = itertools.chain([stem], (f'{stem}-{n}' for n in itertools.count(2)))
+        self.files.add(file := next(f for n in names if (f := folder / f'{n}{ending}') not in self.files))
+        return file
 
     def add(self, poses: Poses) -> None:
         "Results of one image."
-        self.number += 1
+        self.count += 1
         video, _, frame = poses.name.rpartition('#')
-        name, stem = Path(video or poses.name), Path(video or poses.name).stem
-        image_id = int(frame) if video else int(stem) if stem.isdecimal() else self.number
+        if not frame.isdecimal(): video = ''  # a picture with # in its name
+        stem = Path(video or poses.name).stem
+        image_id = self._image_id(stem, bool(video))
         for person, (keypoints, box, score) in enumerate(zip(poses.keypoints, poses.boxes, poses.scores)):
             flat = [round(float(v), 4) for v in keypoints.ravel()]
             self.entries.append(dict(image_id=image_id, file_name=poses.name, category_id=1, keypoints=flat, score=round(float(score), 5),
                                      bbox=[round(float(v), 2) for v in box]))
             self.rows += [(poses.name, person, f'{score:.5f}', k, f'{x:.2f}', f'{y:.2f}', f'{c:.4f}')
                           for k, (x, y, c) in zip(self.points.names, keypoints)]
-        if self.pictures and poses.image is not None: self._draw(poses, name, bool(video))
+        if self.pictures and poses.image is not None: self._draw(poses, stem, video)
 
-    def _draw(self, poses, name, of_video):
+    def _draw(self, poses, stem, video):
         image = torch.from_numpy(poses.image).permute(2, 0, 1)
         drawn = draw_poses(image, poses.keypoints[..., :2], poses.keypoints[..., 2], keypoint_set=self.points, threshold=self.threshold,
                            width=max(2, round(max(poses.image_size) / 300)))
         pixels = cv2.cvtColor(drawn.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR)
-        if of_video:
-            file = self.folder / f'{name.stem}.mp4'
-            if self.video is None or self.video[0] != file:
+        if video:
+            if self.video is None or self.video[0] != video:
                 self.close_video()
-                self.video = file, cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*'mp4v'), 25, poses.image_size)
+                file = self._file(self.folder, stem, '.mp4')
+                self.video = video, cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*'mp4v'), poses.fps or 25, poses.image_size)
                 if not self.video[1].isOpened(): raise DataError(f'{file}: video cannot be written')
             self.video[1].write(pixels)
         else:
-            file, n = self.folder / 'pictures' / f'{name.stem}.jpg', 1
-            while file in self.drawn: n, file = n + 1, file.with_name(f'{name.stem}-{n}.jpg')
-            self.drawn.add(file)
-            with whole_file(file) as partial: partial.write_bytes(cv2.imencode('.jpg', pixels)[1].tobytes())
+            with whole_file(self._file(self.folder / 'pictures', stem, '.jpg')) as partial:
+                partial.write_bytes(cv2.imencode('.jpg', pixels)[1].tobytes())
 
     def close_video(self) -> None:
         "The video that is being written is complete."
@@ -310,5 +336,5 @@ def predict_command(
             if poses.error: say(f'error: {poses.error}')
     finally:
         outputs.close()
-    say(f'{outputs.number + 1} images, {persons} persons, {broken} broken: {out}/results.json, results.csv' + (', pictures' if pictures else ''))
+    say(f'{outputs.count} images, {persons} persons, {broken} broken: {out}/results.json, results.csv' + (', pictures' if pictures else ''))
     return broken

@@ -6,9 +6,13 @@
 __all__ = ['CARD', 'SharedPoseResNet', 'share', 'load_shared']
 
 # %% ../nbs/13_share.ipynb #f1a7c0f9
+import copy
 from pathlib import Path
 
-from huggingface_hub import PyTorchModelHubMixin
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ModuleNotFoundError:
+    raise ModuleNotFoundError('huggingface_hub is needed to share a network: pip install "srl_pose[share]"') from None
 
 from .checkpoint import CheckpointError, load_checkpoint
 from .heatmap import Heatmaps
@@ -66,8 +70,8 @@ class SharedPoseResNet(PoseResNet, PyTorchModelHubMixin, library_name='srl_pose'
         "Ready to use."
         points = {name: tuple(map(tuple, v)) if v and isinstance(v[0], list) else tuple(v) for name, v in self.keypoints.items()}
         size = tuple(self.input['size'])
-        model = self.eval().requires_grad_(False).to(device or 'cpu')
-        return Predictor(model, size, Heatmaps(size, decoder=self.input['decoder']), KeypointSet(**points), self.input['colour_order'] == 'BGR')
+        return Predictor.of(copy.deepcopy(self).to(device or 'cpu'), Heatmaps(size, decoder=self.input['decoder']), KeypointSet(**points),
+                            self.input['colour_order'] == 'BGR')
 
 
 def share(

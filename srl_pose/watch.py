@@ -122,7 +122,10 @@ class Curves:
         tensorboard: bool = False,  # event files in folder/tensorboard, too?
     ):
         writer = tensorboard_writer() if tensorboard else None
-        from dvclive import Live
+        try:
+            from dvclive import Live
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError('dvclive keeps the curves of a training run: pip install "srl_pose[pipeline]"') from None
 
         shutil.rmtree(Path(folder) / 'tensorboard', ignore_errors=True)
         self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None)

@@ -87,3 +87,36 @@ def test_torch_hub_finds_the_block():
     block = torch.hub.load(str(ROOT), 'spectral_block', source='local', channels=16)
     x = torch.randn(1, 16, 5, 4)
     assert torch.equal(block(x), x) and type(block).__module__ == 'srl_pose.spectral'
+
+
+EXTRAS = ('dvc', 'dvclive', 'papermill', 'jupyterlab', 'notebook', 'ipykernel', 'IPython', 'nbformat', 'nbdev', 'fastcore', 'execnb', 'onnx', 'onnxruntime', 'onnxscript',
+          'huggingface_hub', 'safetensors', 'pytest', 'tensorboard')
+
+
+def test_the_package_needs_none_of_the_extras():
+    """Every module is imported, and the command says its help, where none of the optional packages can be."""
+    modules = sorted(p.stem for p in (ROOT / 'srl_pose').glob('*.py') if p.stem not in ('__init__', '_modidx', 'share'))
+    code = f'''
+import importlib, sys, torch, torchvision  # torch looks for some of them, and does without
+for name in list(sys.modules):
+    if name.partition('.')[0] in {EXTRAS}: del sys.modules[name]
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in {EXTRAS}: raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Absent())
+for name in {modules}: importlib.import_module(f'srl_pose.{{name}}')
+try:
+    import srl_pose.share
+except ModuleNotFoundError as error:
+    assert 'pip install "srl_pose[share]"' in str(error), error
+else:
+    raise AssertionError('share was imported')
+from srl_pose.cli import main
+try:
+    main(['--help'])
+except SystemExit as end:
+    assert not end.code
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'srl-pose predict photos/' in done.stdout
