@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'NOT_RUN', 'CONFOUNDED', 'HTML', 'Page', 'pages_of', 'accuracy_table', 'difference_table', 'cost_table',
-           'summary_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page', 'plot_differences', 'write_pages',
-           'publish']
+           'summary_table', 'added_cost_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page', 'plot_differences',
+           'write_pages', 'publish']
 
 # %% ../nbs/07_table.ipynb #7616a92f
 import csv
@@ -154,6 +154,18 @@ def summary_table(page: Page, score: str = 'AP') -> str:
         line += [_more(row.measured and row.measured.ratio_alone)]
         cells.append(line)
     return _table(cells, ['row', 'block', f'{score} ± over seeds', 'more than its baseline', '95 % over images', '95 % over seeds, all together', 'beyond both', 'time of an image'], 2)
+
+
+def added_cost_table(rows: list[Row]) -> str:
+    "A line for each priced row with a block: what the block adds to its baseline, in percent of that."
+    cells = []
+    for row in sorted(rows, key=lambda row: row.experiment.model.input_size):
+        m, base = row.measured, baseline_of(row, rows)
+        if m and m.ratio_alone is not None and base and (b := base.measured):
+            more = m.published_gflops / b.published_gflops, m.flops / b.flops, m.ratio_alone, m.ratio_in_batch, m.training_memory / b.training_memory
+            cells.append(['{}×{}'.format(*row.experiment.model.input_size), row.experiment.model.block, *map(_more, more)])
+    headers = ['input', 'block', "GFLOPs, paper's convention", 'true GFLOPs', 'time of an image', 'in a batch', 'memory to train']
+    return _table(cells, headers, 2)
 
 # %% ../nbs/07_table.ipynb #3515aa01
 CONFOUNDED = """The paper's rows without a block are Simple Baselines' published numbers: 140 epochs, learning rate lowered after 90 and 120. Its own rows
