@@ -7,6 +7,7 @@ import argparse
 import importlib
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,9 +25,12 @@ DOCS, HTML, RUN = SITE / 'docs', SITE / 'html', SITE / 'run'
 PARTS = {'00': 'The spectral block', '01': 'Attention', '02': 'The network', '03': 'Pictures and keypoints', '04': 'Experiments', '05': 'Training',
          '06': 'Evaluation', '07': 'Results', '08': 'The sample', '09': 'The sample', '10': 'Use', '11': 'Use', '12': 'Use', '13': 'Use', '14': 'Use'}
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
-CSS = """.md-typeset table:not([class]) { font-size: .62rem } .md-typeset__scrollwrap { overflow-x: auto }
-.md-typeset .output { font-size: .62rem } .md-typeset pre > code { white-space: pre; overflow-x: auto } .md-content img { background: white }
-.md-typeset .MathJax_Display, .md-typeset .MJXc-display { overflow-x: auto; overflow-y: hidden } .MJX_Assistive_MathML { display: none }
+CSS = """.md-grid { max-width: 76rem }
+.md-typeset table:not([class]) { font-size: .62rem }
+.md-typeset table:not([class]) th, .md-typeset table:not([class]) td { min-width: 0; padding: .4em .7em }
+.md-typeset pre > code { font-size: .62rem }
+.md-content img { background: white }
+.MathJax_Display { overflow-x: auto; overflow-y: hidden }
 """
 MATHJAX = r"""window.MathJax = {
   messageStyle: 'none', showMathMenu: false,
@@ -57,7 +61,7 @@ def run(notebook: Path, code: str) -> Path:
     if out.is_file() and json.loads(out.read_text())['metadata'].get('made_from') == mark: return out
     print(f'running {notebook.name}', flush=True)
     nb = nbformat.read(notebook, 4)
-    NotebookClient(nb, timeout=1200, kernel_name='python3', resources=dict(metadata=dict(path=str(ROOT / 'nbs')))).execute()
+    NotebookClient(nb, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources=dict(metadata=dict(path=str(ROOT / 'nbs')))).execute()
     nb.metadata['made_from'] = mark
     out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, out)
@@ -167,9 +171,16 @@ def build(only: str | None = None) -> None:
     (DOCS / 'mathjax.js').write_text(MATHJAX)
     nav = [{'Start': 'README.md'}, *({part: pages} for part, pages in parts.items()), {'Results pages': results_pages()}, {'API': api},
            {'Contributing': 'CONTRIBUTING.md'}]
+    logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(message)s')
     config = load_config(str(ROOT / 'mkdocs.yml'), nav=nav, docs_dir=str(DOCS), site_dir=str(HTML), strict=True)
     build_site(config)
     print(f'{len(list(HTML.rglob("*.html")))} pages: {HTML}/index.html')
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    "A server of files that does not tell of each"
+
+    def log_message(self, *args): pass
 
 
 def check() -> int:
@@ -177,9 +188,7 @@ def check() -> int:
     from playwright.sync_api import sync_playwright
 
     browser_file = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(HTML))
-    handler.log_message = lambda *args: None
-    server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=str(HTML)))
     Thread(target=server.serve_forever, daemon=True).start()
     address, wrong, anchors, links, formulas, pictures = f'http://127.0.0.1:{server.server_port}', [], {}, [], 0, 0
     pages = sorted(p.relative_to(HTML).as_posix() for p in HTML.rglob('*.html') if 'MathJax' not in p.parts)
@@ -187,9 +196,9 @@ def check() -> int:
         browser = playwright.chromium.launch(executable_path=browser_file, args=['--no-sandbox'])
         for width, height in ((1280, 900), (390, 844)):
             page, here = browser.new_page(viewport=dict(width=width, height=height)), ['']
-            page.on('requestfailed', lambda r: wrong.append(f'{here[0]}: {r.url} failed'))
+            page.on('requestfailed', lambda r: 'ABORTED' in (r.failure or '') or r.url == 'about:blank' or wrong.append(f'{here[0]}: {r.url} failed'))  # left for the next page
             page.on('response', lambda r: r.status >= 400 and wrong.append(f'{here[0]}: {r.url} gives {r.status}'))
-            page.on('request', lambda r: r.url.startswith(('http://127', 'data:', 'blob:')) or wrong.append(f'{here[0]}: loads {r.url} from elsewhere'))
+            page.on('request', lambda r: r.url.startswith((address, 'data:', 'blob:', 'about:')) or wrong.append(f'{here[0]}: loads {r.url} from elsewhere'))
             page.on('pageerror', lambda e: wrong.append(f'{here[0]}: {e}'))
             for name in pages:
                 here[0] = f'{name} at {width}'
