@@ -57,14 +57,16 @@ def pose_heatmaps(
     model: nn.Module,
     images: torch.Tensor,  # (B, 3, h, w) normalised
     heatmaps: Heatmaps,  # that the model was trained on
-    flip_pairs: Sequence[tuple[int, int]],  # keypoints that a mirror exchanges
+    keypoint_set: KeypointSet,
     *,
     flip_test: bool = True,  # average with the prediction for the mirrored image?
 ) -> torch.Tensor:  # (B, K, h/4, w/4)
-    "What a network sees in crops"
-    maps = model(images)
+    "What a network sees in crops; `ValueError` if its maps are others"
+    maps, expected = model(images), (len(images), len(keypoint_set), *heatmaps.size[::-1])
+    if maps.shape != expected:
+        raise ValueError(f'model: gives {tuple(maps.shape)}, the data set needs {expected}')
     if flip_test:
-        maps = (maps + flip_heatmaps(model(images.flip(-1)), flip_pairs, shift=heatmaps.flip_shift)) / 2
+        maps = (maps + flip_heatmaps(model(images.flip(-1)), keypoint_set.flip_pairs, shift=heatmaps.flip_shift)) / 2
     return maps
 
 
@@ -86,7 +88,7 @@ def predict(
         raise ValueError('dataset: there are no persons to predict')
     if dataset.augmentation:
         raise ValueError('dataset: has an augmentation; predictions need upright crops')
-    heatmaps, pairs = heatmaps or Heatmaps(dataset.input_size), dataset.keypoint_set.flip_pairs
+    heatmaps = heatmaps or Heatmaps(dataset.input_size)
     if heatmaps.input_size != dataset.input_size:
         raise ValueError(f'heatmaps: are for input_size {heatmaps.input_size}, the data set has {dataset.input_size}')
     if heatmaps.unbiased != dataset.unbiased:
@@ -103,10 +105,7 @@ def predict(
             for batch in loader:
                 images = normalize(batch['image'].to(device, non_blocking=True), bgr=bgr)
                 images = images.to(memory_format=torch.channels_last)
-                maps = pose_heatmaps(model, images, heatmaps, pairs, flip_test=flip_test)
-                expected = (len(images), len(dataset.keypoint_set), *heatmaps.size[::-1])
-                if maps.shape != expected:
-                    raise ValueError(f'model: gives {tuple(maps.shape)}, the data set needs {expected}')
+                maps = pose_heatmaps(model, images, heatmaps, dataset.keypoint_set, flip_test=flip_test)
                 found.append([x.float().cpu().numpy() for x in heatmaps.decode(maps)])
     finally:
         model.train(training)

@@ -143,7 +143,7 @@ def predict_frames(
         images = torch.from_numpy(np.stack([crop for _, _, crop in chosen])).to(p.device)
         images = normalize(images, bgr=p.bgr).to(memory_format=torch.channels_last)
         with torch.inference_mode():
-            maps = pose_heatmaps(p.model, images, p.heatmaps, points.flip_pairs, flip_test=flip_test)
+            maps = pose_heatmaps(p.model, images, p.heatmaps, points, flip_test=flip_test)
             found, confidence = (x.float().cpu().numpy() for x in p.heatmaps.decode(maps))
         for (item, i, _), k, c in zip(chosen, found, confidence):
             item.keypoints[i, :, :2], item.keypoints[i, :, 2] = k, c
