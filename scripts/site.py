@@ -51,13 +51,13 @@ def title_of(notebook: Path) -> str:
     raise ValueError(f'{notebook}: has no heading')
 
 
-def run(notebook: Path, code: str) -> Path:
-    "The executed notebook; run only if it or the package changed. Cells that say `eval: false` are run, too: they show what is committed."
+def run(notebook: Path, read: str) -> Path:
+    "The executed notebook; run only if it changed, or anything that notebooks read"
     import nbformat
     from nbclient import NotebookClient
 
     out = RUN / notebook.name
-    mark = sha256((code + notebook.read_text()).encode()).hexdigest()
+    mark = sha256((read + notebook.read_text()).encode()).hexdigest()
     if out.is_file() and json.loads(out.read_text())['metadata'].get('made_from') == mark: return out
     print(f'running {notebook.name}', flush=True)
     nb = nbformat.read(notebook, 4)
@@ -149,9 +149,10 @@ def build(only: str | None = None) -> None:
     from mkdocs.config import load_config
 
     chosen = [n for n in notebooks() if not only or re.match(only, n.name)]
-    code = ''.join(p.read_text() for p in sorted((ROOT / 'srl_pose').glob('*.py')))
+    known = ('srl_pose/*.py', 'results/**/*.json', 'results/**/*.csv', 'results/**/*.md', 'experiments/*.yaml', 'params.yaml')
+    read = ''.join(p.read_text() for pattern in known for p in sorted(ROOT.glob(pattern)))
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    with ThreadPoolExecutor(os.cpu_count()) as pool: executed = list(pool.map(lambda n: run(n, code), chosen))
+    with ThreadPoolExecutor(os.cpu_count()) as pool: executed = list(pool.map(lambda n: run(n, read), chosen))
     shutil.rmtree(DOCS, ignore_errors=True)
     for folder in ('nbs', 'api'): (DOCS / folder).mkdir(parents=True)
     parts, api = {}, []
@@ -204,14 +205,14 @@ def check() -> int:
                 here[0] = f'{name} at {width}'
                 page.goto(f'{address}/{name}', wait_until='load')
                 page.wait_for_function('!document.querySelector(".arithmatex") || (window.MathJax && MathJax.Hub && !MathJax.Hub.queue.pending && '
-                                       'document.querySelectorAll(".arithmatex").length <= document.querySelectorAll(".arithmatex .mjx-chtml, .arithmatex .MathJax").length)',
+                                       'document.querySelectorAll(".arithmatex").length <= document.querySelectorAll(".arithmatex .MathJax").length)',
                                        timeout=30_000)
                 found = page.evaluate('''() => ({
                     ids: [...document.querySelectorAll('[id]')].map(e => e.id),
                     links: [...document.querySelectorAll('a[href]')].map(e => e.href),
                     pictures: [...document.images].map(e => [e.src, e.complete && e.naturalWidth > 0]),
                     formulas: document.querySelectorAll('.arithmatex').length,
-                    errors: document.querySelectorAll('.mjx-error, .merror, .MathJax_Error').length,
+                    errors: document.querySelectorAll('.merror, .MathJax_Error').length,
                     raw: [...document.querySelectorAll('article p, article li, article td')].map(e => { e = e.cloneNode(true); e.querySelectorAll('code, .arithmatex').forEach(c => c.remove()); return e.textContent })
                         .filter(t => /\\\\\\(|\\\\\\[|\\$[^$]+\\$/.test(t)),
                     wide: document.documentElement.scrollWidth - innerWidth })''')
