@@ -28,7 +28,7 @@ class Row:
     experiment: Experiment
     runs: dict[int, RunMetrics] = field(default_factory=dict)  # by seed; empty: not run
     committed: tuple[int, ...] = ()  # seeds whose run was made elsewhere
-    left_out: tuple[str, ...] = ()  # why a committed run is not among them
+    left_out: tuple[str, ...] = ()  # why a committed run or a price is not among them
     measured: Measured | None = None  # None: not measured
 
     @property
@@ -70,10 +70,13 @@ def measured_file(experiment: Experiment, top: str = 'outputs') -> Path:
 
 def read_row(
     experiment: Experiment,  # with any of its seeds
-    tops: tuple[str, ...] = TOPS,  # the first that has a file counts
+    tops: tuple[str, ...] = TOPS,  # the first that has a run counts, and the first that has a price of this network
 ) -> Row:
     "A row with all that is known of it. `DataError` names the file and the field that are wrong."
-    runs, committed, left_out = {}, [], []
+    runs, committed, left_out, price = {}, [], [], None
+
+    def leave_out(error): left_out.append(str(error).removeprefix(f'{project_root()}/'))
+
     for one in map(experiment.with_seed, experiment.seeds):
         top = next((top for top in tops if one.metrics_file(top).exists()), None)
         if top is None: continue
@@ -82,9 +85,14 @@ def read_row(
             if top == 'results': committed.append(one.train.seed)
         except OtherParameters as error:
             if top == 'outputs': raise
-            left_out.append(str(error).removeprefix(f'{project_root()}/'))
-    price = next((path for path in (measured_file(experiment, top) for top in tops) if path.exists()), None)
-    return Row(experiment, runs, tuple(committed), tuple(left_out), price and read_measured(price, experiment))
+            leave_out(error)
+    for path in (measured_file(experiment, top) for top in tops):
+        if price or not path.exists(): continue
+        try:
+            price = read_measured(path, experiment)
+        except OtherParameters as error:  # of another size, say: a row has one price, its recipes may have several sizes
+            leave_out(error)
+    return Row(experiment, runs, tuple(committed), tuple(left_out), price)
 
 # %% ../nbs/06g_compare.ipynb #b601df2d
 def check_comparable(rows: list[Row]) -> None:

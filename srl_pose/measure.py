@@ -25,7 +25,7 @@ from .experiment import Experiment, Section
 from .files import DataError, write_json
 from .flops import count_flops, count_params, published_gflops
 from .heatmap import heatmap_loss
-from .metrics import Provenance, read_section
+from .metrics import OtherParameters, Provenance, read_section
 from .provenance import provenance
 
 # %% ../nbs/06e_measure.ipynb #5b63f212
@@ -140,12 +140,13 @@ def read_measured(
     path: str | Path,
     experiment: Experiment,  # whose it should be
 ) -> Measured:
-    "`DataError` naming file and field if it is damaged or another's."
+    "`DataError` naming file and field if it is damaged or another's, `OtherParameters` if the row's network is another now."
     measured = read_section(Measured, path)
     here, there = experiment.model.model_dump(mode='json'), measured.model
     wanted = {'set': experiment.set, 'row': experiment.name, **{f'model.{k}': v for k, v in here.items() if k not in FREE}}
     found = {'set': measured.set, 'row': measured.row, **{f'model.{k}': v for k, v in there.items() if k not in FREE}}
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
-            raise DataError(f'{path}: {name}: is {found.get(name)!r}, but row {experiment.name} of {experiment.set} has {wanted.get(name)!r}')
+            kind = OtherParameters if name.startswith('model.') else DataError
+            raise kind(f'{path}: {name}: is {found.get(name)!r}, but row {experiment.name} of {experiment.set} has {wanted.get(name)!r}')
     return measured
