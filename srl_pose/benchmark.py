@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTENDERS', 'SIZES', 'LAYOUTS', 'DTYPES', 'STEPS', 'NaiveSpectralBlock', 'MatrixNonLocalBlock', 'TransformPair',
            'take_turns', 'median_ratio', 'peak_memory', 'saved_memory', 'benchmark_blocks', 'benchmark_steps',
-           'plot_blocks', 'machine', 'write_csv', 'main', 'read_csv']
+           'plot_blocks', 'write_csv', 'write_benchmark', 'main', 'read_csv']
 
 # %% ../nbs/02c_benchmark.ipynb #0b133986
 import argparse
@@ -254,18 +254,32 @@ def plot_blocks(rows: list[dict], *, layout: str = 'contiguous') -> Figure:
     return figure
 
 # %% ../nbs/02c_benchmark.ipynb #52b146e0
-def machine(device: str) -> dict:
-    "What the numbers were measured on."
-    return dict(device=device_name(device), threads=torch.get_num_threads(), torch=str(torch.__version__), python=platform.python_version(),
-                system=platform.system(), command=f'python -m srl_pose.benchmark {" ".join(sys.argv[1:])}'.strip())
-
-
 def write_csv(path: Path, rows: list[dict]) -> None:
     "Rows with four significant digits."
     with whole_file(path) as partial_path, partial_path.open('w', newline='') as file:
         writer = csv.DictWriter(file, rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows({k: f'{v:.4g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def write_benchmark(
+    out: Path,  # folder
+    tables: dict[str, list[dict]],  # name -> rows, written as {name}.csv and printed
+    figure: Figure,
+    figure_name: str,  # without .png
+    *,
+    program: str,  # the command line's first words
+    device: str = 'cpu',
+) -> None:
+    "What a benchmark leaves behind: its tables, their picture, and the machine, the versions and the command they were made with."
+    for name, rows in tables.items():
+        write_csv(out / f'{name}.csv', rows)
+        print(f'{name}:', *(' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values()) for row in rows), sep='\n  ')
+    write_json(out / 'machine.json', dict(
+        device=device_name(device), threads=torch.get_num_threads(), torch=str(torch.__version__), python=platform.python_version(),
+        system=platform.system(), command=f'{program} {" ".join(sys.argv[1:])}'.strip()))
+    with whole_file(out / f'{figure_name}.png') as partial_path:
+        figure.savefig(partial_path, format='png', dpi=100, metadata={'Software': None})
 
 
 def main(args: list[str] | None = None) -> None:
@@ -281,13 +295,8 @@ def main(args: list[str] | None = None) -> None:
         blocks = run()
     else:  # a CPU is slow in bfloat16, and nobody trains in it there: three sizes will do
         blocks = run(dtypes=['float32']) + run(dtypes=['bfloat16'], sizes=SIZES[1:4])
-    steps = benchmark_steps(device=options.device, rounds=options.rounds)
-    write_csv(options.out / 'blocks.csv', blocks)
-    write_csv(options.out / 'steps.csv', steps)
-    write_json(options.out / 'machine.json', machine(options.device))
-    with whole_file(options.out / 'blocks.png') as partial_path:
-        plot_blocks(blocks).savefig(partial_path, format='png', dpi=100, metadata={'Software': None})
-    print(f'{options.out}: {len(blocks)} + {len(steps)} rows')
+    tables = dict(blocks=blocks, steps=benchmark_steps(device=options.device, rounds=options.rounds))
+    write_benchmark(options.out, tables, plot_blocks(blocks), 'blocks', program=parser.prog, device=options.device)
 
 
 if __name__ == '__main__' and '__file__' in globals():

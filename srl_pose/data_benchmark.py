@@ -31,12 +31,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch.utils.data import default_collate
 
-from .benchmark import machine, median_ratio, take_turns, write_csv
+from .benchmark import median_ratio, take_turns, write_benchmark
 from .coco import CocoPersons, normalize
 from .crops import Augmentation, keypoints_to_image
 from .decoders import DECODERS
 from .evaluate import coco_results, oks_nms
-from .files import read_json, whole_file, write_json
+from .files import read_json, write_json
 from .heatmap import Heatmaps
 from .keypoints import COCO_KEYPOINTS
 from .plain import PlainLoader, decode_plain, nms_plain, open_plain
@@ -365,16 +365,8 @@ def main(args: list[str] | None = None) -> None:
         results=benchmark_results(number=options.detections),
         opening=benchmark_opening(options.data, options.split, persons=options.persons, images=max(1, options.persons * 57 // 150),
                                   rounds=min(3, options.rounds)))
-    for name, rows in tables.items():
-        write_csv(options.out / f'{name}.csv', rows)
-        print(f'{name}:', *(' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values()) for row in rows), sep='\n  ')
-    with one_core():
-        about = machine('cpu')
-    command = f'python -m srl_pose.data_benchmark {" ".join(sys.argv[1:])}'.strip()
-    write_json(options.out / 'machine.json', about | dict(command=command))
-    figure = plot_data(tables['loading'], tables['evaluation'], tables['opening'])
-    with whole_file(options.out / 'data.png') as partial_path:
-        figure.savefig(partial_path, format='png', dpi=100, metadata={'Software': None})
+    with one_core():  # as it was measured
+        write_benchmark(options.out, tables, plot_data(tables['loading'], tables['evaluation'], tables['opening']), 'data', program=parser.prog)
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -22,9 +22,9 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .benchmark import machine, median_ratio, take_turns, write_csv
+from .benchmark import median_ratio, take_turns, write_benchmark
 from .export import to_onnx
-from .files import read_json, whole_file, write_json
+from .files import read_json
 from .heatmap import Heatmaps
 from .inference import awake, exportable
 from .pictures import read_frames
@@ -181,13 +181,7 @@ def main(args: list[str] | None = None) -> None:
                               for row in benchmark_prediction(pictures, backbone=backbone, input_size=size, rounds=options.rounds)],
                   runtimes=benchmark_runtimes(rounds=2 * options.rounds, compiled=options.compiled),
                   imports=benchmark_imports(rounds=options.rounds))
-    for name, rows in tables.items():
-        write_csv(options.out / f'{name}.csv', rows)
-        print(f'{name}:', *(' '.join(f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values()) for row in rows), sep='\n  ')
-    command = f'python -m srl_pose.predict_benchmark {" ".join(sys.argv[1:])}'.strip()
-    write_json(options.out / 'machine.json', machine('cpu') | dict(command=command))
-    with whole_file(options.out / 'prediction.png') as partial_path:
-        plot_prediction(tables['prediction'], tables['runtimes']).savefig(partial_path, format='png', dpi=100, metadata={'Software': None})
+    write_benchmark(options.out, tables, plot_prediction(tables['prediction'], tables['runtimes']), 'prediction', program=parser.prog)
 
 
 if __name__ == '__main__' and '__file__' in globals():
