@@ -28,6 +28,7 @@ from .coco import CocoPersons
 from .experiment import Experiment
 from .files import whole_file
 from .original import load_original, read_state
+from .pose_net import read_weights
 
 # %% ../nbs/05c_checkpoint.ipynb #88bc3803
 LOOK_ON = ('checkpoint', 'evaluate', 'launch', 'watch')  # modules that decide no weight
@@ -111,7 +112,7 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with zipfile.ZipFile(path) as file:  # torch itself does not look at the checksums
             if damaged := file.testzip(): raise ValueError(f'{damaged} is damaged')
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = read_weights(path)
     except FileNotFoundError:
         raise CheckpointError(f'{path}: no such file') from None
     except Exception as error:

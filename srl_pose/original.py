@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from .pose_net import LAYERS, PoseResNet
+from .pose_net import LAYERS, PoseResNet, read_weights
 
 # %% ../nbs/02b_original.ipynb #56784940
 def read_state(
@@ -25,10 +24,9 @@ def read_state(
     if not isinstance(source, Mapping):
         if not Path(source).is_file(): raise ValueError(f'source={str(source)!r} is no file')
         try:
-            content = torch.load(source, map_location='cpu', weights_only=True)
-        except Exception as error:
-            reason = str(error).partition('\n')[0]
-            raise ValueError(f'source={str(source)!r} is not a readable checkpoint: {reason}') from None
+            content = read_weights(source)
+        except ValueError as error:
+            raise ValueError(f'source={str(source)!r} is not a readable checkpoint: {error}') from None
     if isinstance(content, Mapping): content = content.get('state_dict', content)
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise ValueError(f'source={_label(source)} holds no state dict: a mapping from names to tensors is needed')

@@ -16,6 +16,7 @@ from torchvision.models import get_model
 
 from .files import DataError, read_json
 from .pictures import Frame
+from .pose_net import read_weights
 
 # %% ../nbs/11a_boxes.ipynb #2d25af77
 Boxes = tuple[np.ndarray, np.ndarray]  # (N, 4) as x, y, w, h in pixels, and (N,) scores
@@ -82,7 +83,7 @@ def detector(
     if Path(weights).is_file():
         model = get_model(name, weights=None, weights_backbone=None)
         try:
-            model.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
+            model.load_state_dict(read_weights(weights))
         except Exception as error:
             raise DataError(f'{weights}: does not fit {name} ({str(error).splitlines()[0]})') from None
     else:

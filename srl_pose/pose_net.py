@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'BACKBONES', 'DECONVS', 'LAYERS', 'PLACES', 'DECONV_CHANNELS', 'check_choice', 'check_input_size',
-           'block_positions', 'build_block', 'load_trunk', 'set_strides', 'decoder', 'with_blocks', 'PoseResNet']
+           'block_positions', 'build_block', 'read_weights', 'load_trunk', 'set_strides', 'decoder', 'with_blocks',
+           'PoseResNet']
 
 # %% ../nbs/02_pose_net.ipynb #0b133986
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,21 @@ def build_block(
     return BLOCKS[name](channels, size=size, **options)
 
 # %% ../nbs/02_pose_net.ipynb #7723a25f
+def read_weights(
+    path: str | Path,
+) -> dict:
+    "What torch saved in a file, if that is tensors and plain values. `ValueError` with the reason if it cannot be read, `FileNotFoundError`."
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise
+    except UnpicklingError:  # torch advises to read it all the same, and with it to run what it holds
+        reason = 'torch did not write it, or it holds more than tensors and plain values'
+    except Exception as error:
+        reason = str(error).partition('\n')[0]
+    raise ValueError(reason)
+
+
 def load_trunk(
     trunk: ResNet,  # filled in place, all but its classifier `fc`
     backbone: str,  # its name
@@ -110,12 +127,11 @@ def load_trunk(
                                   f'{named[weights].url} ({error}): fetch the file elsewhere, give its path') from None
     elif Path(weights).is_file():
         try:
-            state = dict(torch.load(weights, map_location='cpu', weights_only=True))
+            state = dict(read_weights(weights))
             if 'format' in state:  # all but decoder and head
                 state = {k: t for k, t in state['model'].items() if not k.startswith(('deconv_layers.', 'final_layer.'))}
-        except Exception as error:
-            reason = str(error).partition('\n')[0]
-            raise ValueError(f'weights={str(weights)!r} is not a readable state dict: {reason}') from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f'weights={str(weights)!r} is not a readable state dict: {error}') from None
     else:
         raise ValueError(f'weights={str(weights)!r} is neither a file nor one of {", ".join(named)} for {backbone}')
     wanted = {name: t for name, t in trunk.state_dict().items() if not name.startswith('fc.')}

@@ -336,5 +336,5 @@ def predict_command(
             if poses.error: say(f'error: {poses.error}')
     finally:
         outputs.close()
-    say(f'{outputs.count} images, {persons} persons, {broken} broken: {out}/results.json, results.csv' + (', pictures' if pictures else ''))
+    say(f'images: {outputs.count} ({broken} broken), persons: {persons}; {out}/results.json, results.csv' + (', pictures' if pictures else ''))
     return broken

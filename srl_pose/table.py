@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'NOT_RUN', 'CONFOUNDED', 'HTML', 'Page', 'pages_of', 'accuracy_table', 'difference_table', 'cost_table',
-           'summary_table', 'added_cost_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page', 'plot_differences',
-           'write_pages', 'publish']
+           'summary_table', 'in_decoder', 'added_cost_table', 'to_markdown', 'to_csv', 'to_html', 'plot_page',
+           'plot_differences', 'write_pages', 'publish']
 
 # %% ../nbs/07_table.ipynb #7616a92f
 import csv
@@ -154,6 +154,12 @@ def summary_table(page: Page, score: str = 'AP') -> str:
         line += [_more(row.measured and row.measured.ratio_alone)]
         cells.append(line)
     return _table(cells, ['row', 'block', f'{score} ± over seeds', 'more than its baseline', '95 % over images', '95 % over seeds, all together', 'beyond both', 'time of an image'], 2)
+
+
+def in_decoder(rows: list[Row], backbone: str = 'resnet50') -> list[Row]:
+    "Of one backbone: rows whose blocks follow all transposed convolutions, and their baselines."
+    return [row for row in rows if (m := row.experiment.model).backbone == backbone and m.downsample
+            and m.block_after == ('deconv1', 'deconv2', 'deconv3')]
 
 
 def added_cost_table(rows: list[Row]) -> str:
