@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .coco import CocoPersons, split_files
-from .evaluate import draw_poses
+from .draw import draw_poses
 from .annotations import check_annotations, check_detections
 from .files import DataError, Problem, check_below, read_json, whole_file, write_json
 from .findings import Report, check_boxes, check_categories, check_images, check_persons, problem_of

@@ -31,7 +31,7 @@ from .original import load_original, read_state
 from .pose_net import read_weights
 
 # %% ../nbs/05c_checkpoint.ipynb #88bc3803
-LOOK_ON = ('checkpoint', 'evaluate', 'launch', 'watch')  # modules that decide no weight
+LOOK_ON = ('checkpoint', 'draw', 'evaluate', 'launch', 'watch')  # modules that decide no weight
 
 
 def _digest(text: str) -> str:

@@ -35,10 +35,11 @@ from .benchmark import median_ratio, take_turns, write_benchmark
 from .coco import CocoPersons, normalize
 from .crops import Augmentation, keypoints_to_image
 from .decoders import DECODERS
-from .evaluate import coco_results, oks_nms
+from .evaluate import coco_results
 from .files import read_json, write_json
 from .heatmap import Heatmaps
 from .keypoints import COCO_KEYPOINTS
+from .oks import oks_nms
 from .plain import PlainLoader, decode_plain, nms_plain, open_plain
 
 # %% ../nbs/06c_data_benchmark.ipynb #c6554d85

@@ -23,11 +23,13 @@ from tqdm import tqdm
 from .checkpoint import CheckpointError, load_checkpoint
 from .coco import normalize
 from .crops import box_to_center_scale, crop_matrix, crop_window, keypoints_to_image, warp_crop
-from .evaluate import draw_poses, oks_nms, pose_heatmaps, rescore
+from .draw import draw_poses
+from .evaluate import pose_heatmaps, rescore
 from .files import DataError, whole_file, write_json
 from .heatmap import Heatmaps
 from .inference import fold_batchnorm
 from .keypoints import COCO_KEYPOINTS, KeypointSet, read_keypoint_set
+from .oks import oks_nms
 from .original import load_original
 from .person_boxes import BoxSource, boxes_from_file, check_boxes, detector, whole_images
 from .pictures import VIDEO_ENDINGS, Frame, list_sources, read_frames, read_picture

@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.utils import make_grid
 
 from .coco import CocoPersons, normalize
+from .draw import draw_poses
 from .files import whole_file
 from .heatmap import Heatmaps
 
@@ -208,8 +209,6 @@ def prediction_page(
     threshold: float = 0.05,  # keypoints of a lower confidence are not drawn
 ) -> Figure:
     "Crops with predicted skeletons, eight in a row."
-    from srl_pose.evaluate import draw_poses
-
     shown = torch.linspace(0, len(dataset) - 1, min(persons, len(dataset))).long().tolist()
     images = torch.stack([dataset[i]['image'] for i in shown])
     model.eval()

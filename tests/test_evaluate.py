@@ -16,11 +16,11 @@ from torch import nn
 from srl_pose.bootstrap import Matches, bootstrap, compare
 from srl_pose.coco import CocoPersons
 from srl_pose.crops import Augmentation
-from srl_pose.evaluate import (METRICS, coco_results, evaluate, evaluate_results, oks, oks_nms, predict, run_cocoeval,
-                               val2017_warnings)
+from srl_pose.evaluate import METRICS, coco_results, evaluate, evaluate_results, predict, run_cocoeval, val2017_warnings
 from srl_pose.files import DataError, project_root, write_json
 from srl_pose.heatmap import Heatmaps
 from srl_pose.keypoints import COCO_KEYPOINTS
+from srl_pose.oks import oks, oks_nms
 
 
 @pytest.fixture(scope='module')

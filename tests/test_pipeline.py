@@ -21,7 +21,7 @@ def modules_behind(*names, without=frozenset()):
     return found - without
 
 
-LOOKS_ON = {'evaluate'}  # training draws pages and measures AP with it, but no weight depends on it
+LOOKS_ON = {'draw', 'evaluate'}  # training draws pages and measures AP with them, but no weight depends on them
 
 
 @pytest.mark.parametrize('stage,modules', [('train', ['train', 'experiment']), ('evaluate', ['evaluate', 'experiment', 'metrics'])])
