@@ -33,6 +33,7 @@ from .oks import oks_nms
 from .original import load_original
 from .person_boxes import BoxSource, boxes_from_file, check_boxes, detector, whole_images
 from .pictures import VIDEO_ENDINGS, Frame, list_sources, read_frames, read_picture
+from .pose_net import check_input_size
 
 # %% ../nbs/11b_predict.ipynb #c9b835f4
 @dataclass
@@ -76,8 +77,13 @@ class Predictor:
         if (count := len(model.final_layer.weight)) != len(points):
             raise CheckpointError(f'{weights}: predicts {count} keypoints, the keypoint set has {len(points)} ({", ".join(points.names[:3])}, ...); '
                                   'give the annotation file it was trained with')
+        try:
+            size = check_input_size(known['input_size'])
+            with torch.inference_mode(): model(torch.zeros(1, 3, *size[::-1]))  # blocks with matrices of their own fit one size only
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f'{weights}: does not fit input_size {"x".join(map(str, known["input_size"]))} ({error})') from None
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        return cls.of(model.to(device), Heatmaps(tuple(known['input_size']), decoder=known['decoder']), points, known['bgr'])
+        return cls.of(model.to(device), Heatmaps(size, decoder=known['decoder']), points, known['bgr'])
 
     @classmethod
     def of(
