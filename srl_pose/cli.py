@@ -13,8 +13,8 @@ import sys
 from . import __version__
 from .check import check
 from .checkpoint import CheckpointError
-from .experiment import ParameterError, load_experiment, select
 from .files import DataError
+from .params import ParameterError, load_experiment, select
 
 # %% ../nbs/04d_cli.ipynb #c11c0006
 EXAMPLES = """examples:

@@ -23,8 +23,9 @@ from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
 from .costs import Exchange, StepCounts, StepTimes, count_step, time_exchange, time_steps, time_together
-from .experiment import Experiment, ParameterError, Positive, Section, load_experiments
+from .experiment import Experiment, Positive, Section
 from .files import whole_file
+from .params import ParameterError, load_experiments
 
 # %% ../nbs/05h_plan.ipynb #85afbfb1
 Above = Annotated[float, Field(gt=0)]

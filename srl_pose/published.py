@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .evaluate import METRICS
-from .experiment import Experiment, ParameterError, load_experiments
+from .experiment import Experiment
+from .params import ParameterError, load_experiments
 
 # %% ../nbs/06f_published.ipynb #9de6e5f1
 TABLES = {

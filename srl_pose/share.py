@@ -42,8 +42,8 @@ Human pose estimation with [srl_pose](https://pypi.org/project/srl-pose), after 
 {{ numbers }}
 
 ```python
-from srl_pose.share import load_shared
 from srl_pose.predict import predict_images
+from srl_pose.share import load_shared
 
 predictor = load_shared("<this repository or folder>")
 poses = predict_images(predictor, "photograph.jpg", [[100, 50, 200, 400]])  # boxes of persons as x, y, width, height

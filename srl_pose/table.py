@@ -21,8 +21,8 @@ from tabulate import tabulate
 
 from .compare import TOPS, Row, against_baselines, baseline_of, measured_file, read_rows
 from .evaluate import METRICS
-from .experiment import load_experiments
 from .files import project_root, whole_file
+from .params import load_experiments
 from .published import PAPER, TABLES, Published, published
 
 # %% ../nbs/07_table.ipynb #db89423d

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader
 from .batches import GlobalBatches, prepare, validate, validation_loader
 from .checkpoint import (CheckpointError, fill, find_training, identity, load_start, only_writer,
                                  random_state, save_checkpoint, set_random_state)
-from .experiment import Experiment, ParameterError, load_experiment
+from .experiment import Experiment
 from .files import DataError, project_root, write_json
 from .heatmap import heatmap_accuracy, heatmap_loss
 from .launch import die_with_dvc, die_with_parent, launch, process_group, rank_and_world, started_by_launcher
+from .params import ParameterError, load_experiment
 from .provenance import provenance
 from .recipe import Updater, synchronise_batchnorm, training_mode
 from .watch import Curves, Progress, Stopwatch, prediction_page, say, silent, time_shares

@@ -24,7 +24,7 @@ def modules_behind(*names, without=frozenset()):
 LOOKS_ON = {'draw', 'evaluate'}  # training draws pages and measures AP with them, but no weight depends on them
 
 
-@pytest.mark.parametrize('stage,modules', [('train', ['train', 'experiment']), ('evaluate', ['evaluate', 'experiment', 'metrics'])])
+@pytest.mark.parametrize('stage,modules', [('train', ['train', 'params']), ('evaluate', ['evaluate', 'params', 'metrics'])])
 def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules):
     named = {Path(dep).stem for dep in STAGES[stage]['deps'] if dep.endswith('.py')}
     assert named == modules_behind(*modules, without=LOOKS_ON if stage == 'train' else frozenset())
@@ -33,7 +33,7 @@ def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules):
 def test_the_table_depends_on_its_own_code_and_all_metrics():
     assert {'outputs/${set}/${recipe}/metrics', 'outputs/${set}/measured', 'results'} <= set(STAGES['table']['deps'])
     named = {Path(dep).stem for dep in STAGES['table']['deps'] if dep.endswith('.py')}
-    assert named == {'bootstrap', 'compare', 'experiment', 'measure', 'metrics', 'published', 'table'}
+    assert named == {'bootstrap', 'compare', 'experiment', 'measure', 'metrics', 'params', 'published', 'table'}
 
 
 def test_a_price_depends_on_the_network_but_on_no_data_and_no_training():
