@@ -14,6 +14,7 @@ try:
 except ModuleNotFoundError:
     raise ModuleNotFoundError('huggingface_hub is needed to share a network: pip install "srl_pose[share]"') from None
 
+from . import __version__
 from .checkpoint import CheckpointError, load_checkpoint
 from .heatmap import Heatmaps
 from .keypoints import COCO_KEYPOINTS, KeypointSet
@@ -28,7 +29,7 @@ CARD = """---
 
 # {{ title }}
 
-Human pose estimation with [srl_pose](https://pypi.org/project/srl-pose), after *Fast Non-Local Neural Networks with Spectral Residual Learning* (Chi et al., ACM Multimedia 2019).
+Human pose estimation with `srl_pose` {{ version }}, after *Fast Non-Local Neural Networks with Spectral Residual Learning* (Chi et al., ACM Multimedia 2019).
 
 | | |
 |:--|:--|
@@ -109,8 +110,8 @@ def share(
                 + f', {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters',
         input=f'{m.input_size[0]}×{m.input_size[1]} (width × height), RGB, ImageNet mean and deviation; maps read by {m.decoder}',
         keypoints=', '.join(keypoint_set.names), trained_on=f'set {e.set}, split {e.data.train}', data_licence=data_licence,
-        recipe=f'{e.recipe}: {t.epochs} epochs, batch {t.batch_size}, Adam {t.learning_rate:g}, schedule {t.schedule}, from {m.weights or "random numbers"}',
-        numbers=numbers))
+        recipe=f'{e.recipe}: {t.epochs} epochs, batch {t.batch_size}, Adam {t.learning_rate:g}, schedule {t.schedule}, from {t.start_from or m.weights or "random numbers"}',
+        numbers=numbers, version=__version__))
     return shared
 
 
