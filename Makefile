@@ -12,8 +12,10 @@
 #   make setup                only set up
 #   make lab                  JupyterLab on the notebooks
 #   make survive              kill, interrupt and break training runs in all ways (minutes; make test does it in one)
-#   make site                 the documentation site, into outputs/site/html/ (runs all notebooks once; then check it: make site-check)
-#   make publish              keep metrics, prices and pages in results/, and write README.md
+#   make render               run the notebooks whose code changed, and keep their figures
+#   make chapters             each chapter's list of notebooks, from their titles
+#   make site                 the documentation site, into outputs/site/html/ (check it: make site-check)
+#   make publish              keep metrics, costs and pages in results/, and write README.md
 PYTHON ?= python3.11
 VENV ?= .venv
 override VENV := $(abspath $(VENV))
@@ -23,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 
-.PHONY: table measure pages test survive setup lab coco lspet sample publish readme site site-check
+.PHONY: table measure pages test survive setup lab coco lspet sample publish readme chapters render site site-check
 
 # outputs/SET/RECIPE of params.yaml
 HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
@@ -88,9 +90,15 @@ publish: setup
 	@srl-pose publish
 	@$(MAKE) --no-print-directory readme
 
-readme: setup
+render: setup
+	@python scripts/render.py && nbdev_clean
+
+chapters: setup
+	@python scripts/chapters.py
+
+readme: setup chapters
 	@mkdir -p outputs && rm -rf README_files
 	papermill --cwd nbs --no-progress-bar --log-level ERROR nbs/index.ipynb outputs/README.ipynb
 	jupyter nbconvert --log-level ERROR --to markdown --output-dir . --TagRemovePreprocessor.enabled=True \
 		--TagRemovePreprocessor.remove_input_tags=hide_input outputs/README.ipynb
-	@sed -i.bak 's#](\.\./#](#g' README.md && rm README.md.bak
+	@sed -i.bak -e 's#](\.\./#](#g' -e 's#!\[png\]#![how data flows through the block]#' README.md && rm README.md.bak

@@ -1,6 +1,6 @@
-"""The documentation site: every notebook with its outputs, the API, the results pages.
+"""The documentation site: every notebook with its outputs as they are committed, the API, the results pages.
 
-    python scripts/site.py build    # notebooks are run that changed since, two at a time; then pages, then mkdocs
+    python scripts/site.py build    # pages from notebooks, then mkdocs
     python scripts/site.py check    # every page in a headless browser, at a desktop's and a phone's width
 """
 import argparse
@@ -8,22 +8,19 @@ import importlib
 import inspect
 import json
 import logging
-import os
 import re
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+from chapters import NBS, about, chapters, notebooks
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / 'outputs' / 'site'
-DOCS, HTML, RUN = SITE / 'docs', SITE / 'html', SITE / 'run'
-PARTS = {'00': 'The spectral block', '01': 'Attention', '02': 'The network', '03': 'Pictures and keypoints', '04': 'Experiments', '05': 'Training',
-         '06': 'Evaluation', '07': 'Results', '08': 'The sample', '09': 'The sample', '10': 'Use', '11': 'Use', '12': 'Use', '13': 'Use', '14': 'Use'}
+DOCS, HTML = SITE / 'docs', SITE / 'html'
 DIRECTIVE = re.compile(r'^#\|.*\n?', re.M)
 CSS = """.md-grid { max-width: 76rem }
 .md-typeset table:not([class]) { font-size: .62rem }
@@ -39,33 +36,9 @@ MATHJAX = r"""window.MathJax = {
 """
 
 
-def notebooks() -> list[Path]:
-    "In reading order."
-    return sorted(p for p in (ROOT / 'nbs').glob('*.ipynb') if p.name != 'index.ipynb')
-
-
-def title_of(notebook: Path) -> str:
-    "Its first heading"
-    for cell in json.loads(notebook.read_text())['cells']:
-        if found := re.match(r'# (.+)', ''.join(cell['source'])): return found[1].replace('`', '')
-    raise ValueError(f'{notebook}: has no heading')
-
-
-def run(notebook: Path, read: str) -> Path:
-    "The executed notebook; run only if it changed, or anything that notebooks read"
-    import nbformat
-    from nbclient import NotebookClient
-
-    out = RUN / notebook.name
-    mark = sha256((read + notebook.read_text()).encode()).hexdigest()
-    if out.is_file() and json.loads(out.read_text())['metadata'].get('made_from') == mark: return out
-    print(f'running {notebook.name}', flush=True)
-    nb = nbformat.read(notebook, 4)
-    NotebookClient(nb, timeout=1200, kernel_name='python3', extra_arguments=['--log-level=ERROR'], resources=dict(metadata=dict(path=str(ROOT / 'nbs')))).execute()
-    nb.metadata['made_from'] = mark
-    out.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nb, out)
-    return out
+def place(notebook: Path) -> str:
+    "Such as 1_blocks/02_spectral: where its page stands in the folder nbs"
+    return notebook.relative_to(NBS).with_suffix('').as_posix()
 
 
 def linked(text: str) -> str:
@@ -73,37 +46,32 @@ def linked(text: str) -> str:
     return re.sub(r'(\]\([^)\s]*?)\.ipynb(#[^)]*)?\)', r'\1.md\2)', text)
 
 
-def notebook_page(executed: Path, module: str | None) -> None:
+def notebook_page(notebook: Path, module: str) -> None:
     "A notebook as Markdown and pictures, without hidden cells and nbdev's directives."
     import nbformat
     from nbconvert import MarkdownExporter
 
-    nb, cells = nbformat.read(executed, 4), []
+    nb, cells = nbformat.read(notebook, 4), []
     for cell in nb.cells:
         if cell.cell_type == 'code':
             if re.match(r'#\|\s*(hide|default_exp)\b', cell.source): continue
             exported = bool(re.match(r'#\|\s*export', cell.source))
             cell.source = DIRECTIVE.sub('', cell.source).strip()
             if exported and cell.source.startswith(('import ', 'from ')): continue
-            cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
         else:
             cell.source = linked(cell.source)
         cells.append(cell)
     if module:
         first = next(i for i, c in enumerate(cells) if c.cell_type == 'markdown')
-        cells[first].source += f'\n\nExported to [`srl_pose.{module}`](../api/{module}.md).'
+        cells[first].source += f'\n\nExported to [`srl_pose.{module}`]({"../" * len(notebook.relative_to(ROOT).parents[:-1])}api/{module}.md).'
     nb.cells = cells
-    text, resources = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key=executed.stem, output_files_dir=f'{executed.stem}_files'))
+    text, resources = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key=notebook.stem, output_files_dir=f'{notebook.stem}_files'))
+    page = DOCS / 'nbs' / f'{place(notebook)}.md'
     for name, data in resources['outputs'].items():
-        (DOCS / 'nbs' / name).parent.mkdir(parents=True, exist_ok=True)
-        (DOCS / 'nbs' / name).write_bytes(data)
-    (DOCS / 'nbs' / f'{executed.stem}.md').write_text(text)
-
-
-def module_of(notebook: Path) -> str | None:
-    "The module that it is exported to"
-    found = re.search(r'#\| default_exp (\w+)', notebook.read_text())
-    return found and found[1]
+        (page.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (page.parent / name).write_bytes(data)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
 
 
 def api_page(module: str, notebook: Path) -> None:
@@ -111,7 +79,7 @@ def api_page(module: str, notebook: Path) -> None:
     from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
     m = importlib.import_module(f'srl_pose.{module}')
-    text = [f'# srl_pose.{module}\n\n{inspect.getdoc(m) or ""}\n\nSource: [{notebook.stem}](../nbs/{notebook.stem}.md)\n']
+    text = [f'# srl_pose.{module}\n\n{inspect.getdoc(m) or ""}\n\nSource: [{place(notebook)}](../nbs/{place(notebook)}.md)\n']
     for name in m.__all__:
         thing = getattr(m, name)
         if inspect.isfunction(thing) or inspect.isclass(thing):
@@ -143,35 +111,41 @@ def results_pages() -> list[dict]:
     return nav
 
 
+def words(source: Path) -> None:
+    "A Markdown file of the project, at its own place, with links to pages instead of notebooks."
+    target = DOCS / source.relative_to(ROOT)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(linked(source.read_text()))
+
+
 def build(only: str | None = None) -> None:
-    "All pages, then the site. Fails on a broken link, or a notebook that fails."
+    "All pages, then the site. Fails on a broken link."
     from mkdocs.commands.build import build as build_site
     from mkdocs.config import load_config
 
-    chosen = [n for n in notebooks() if not only or re.match(only, n.name)]
-    known = ('srl_pose/*.py', 'results/**/*.json', 'results/**/*.csv', 'results/**/*.md', 'experiments/*.yaml', 'params.yaml')
-    read = ''.join(p.read_text() for pattern in known for p in sorted(ROOT.glob(pattern)))
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    with ThreadPoolExecutor(os.cpu_count()) as pool: executed = list(pool.map(lambda n: run(n, read), chosen))
     shutil.rmtree(DOCS, ignore_errors=True)
-    for folder in ('nbs', 'api'): (DOCS / folder).mkdir(parents=True)
-    parts, api = {}, []
-    for notebook, done in zip(chosen, executed):
-        module = module_of(notebook)
-        notebook_page(done, module)
-        parts.setdefault(PARTS[notebook.name[:2]], []).append({title_of(notebook): f'nbs/{notebook.stem}.md'})
-        if module:
-            api_page(module, notebook)
-            api.append({module: f'api/{module}.md'})
-    for name in ('README.md', 'CONTRIBUTING.md'): (DOCS / name).write_text(linked((ROOT / name).read_text()))
+    (DOCS / 'api').mkdir(parents=True)
+    nav, api = [{'Start': 'README.md'}, {'Guides': [{'COCO': 'docs/coco.md'}, {'Install': 'docs/install.md'}, {'Glossary': 'docs/glossary.md'}]}], []
+    for chapter in chapters():
+        door = chapter / 'README.md'
+        words(door)
+        pages = [door.relative_to(ROOT).as_posix()]
+        for notebook in (n for n in notebooks(chapter) if not only or re.match(only, place(n))):
+            title, _, module = about(notebook)
+            notebook_page(notebook, module)
+            pages.append({title.replace('`', ''): f'nbs/{place(notebook)}.md'})
+            if module:
+                api_page(module, notebook)
+                api.append({module: f'api/{module}.md'})
+        nav.append({re.match(r'# (.+)', door.read_text())[1]: pages})
+    for source in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')): words(source)
     for name in ('LICENSE', 'CITATION.cff', 'README_files', 'experiments'):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, DOCS / name)
     import jupyter_server_mathjax
     shutil.copytree(Path(jupyter_server_mathjax.__file__).parent / 'static', DOCS / 'MathJax', dirs_exist_ok=True)
     (DOCS / 'site.css').write_text(CSS)
     (DOCS / 'mathjax.js').write_text(MATHJAX)
-    nav = [{'Start': 'README.md'}, *({part: pages} for part, pages in parts.items()), {'Results pages': results_pages()}, {'API': api},
-           {'Contributing': 'CONTRIBUTING.md'}]
+    nav += [{'Results pages': results_pages()}, {'API': api}, {'Contributing': 'CONTRIBUTING.md'}]
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(message)s')
     config = load_config(str(ROOT / 'mkdocs.yml'), nav=nav, docs_dir=str(DOCS), site_dir=str(HTML), strict=True)
     build_site(config)
@@ -248,6 +222,6 @@ def check() -> int:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description='The documentation site.')
     parser.add_argument('what', choices=('build', 'check'))
-    parser.add_argument('--only', help='regular expression of notebook names: a part of the site, to try')
+    parser.add_argument('--only', help='regular expression of notebooks such as 1_blocks/0[12]: a part of the site, to try')
     options = parser.parse_args()
     sys.exit(build(options.only) or 0 if options.what == 'build' else min(check(), 1))

@@ -20,4 +20,4 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart must not meet a stale st
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${PROCESSES_PER_NODE:-gpu}" \
     --max-restarts 2 --rdzv-backend c10d --rdzv-endpoint "$head:${MASTER_PORT:-29500}" --rdzv-id "$SLURM_JOB_ID" \
-    -m srl_pose.train "$row" ${2:+--seed "$2"}
+    -m srl_pose.training.train "$row" ${2:+--seed "$2"}

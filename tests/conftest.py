@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from srl_pose.params import load_set
+from srl_pose.experiment.params import load_set
 
 
 @pytest.fixture(scope='session')

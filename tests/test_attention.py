@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from srl_pose.attention import (CompactNonLocalBlock, CrissCrossAttention, CrissCrossBlock, DoubleAttentionBlock,
-                                NonLocalBlock, criss_cross)
+from srl_pose.blocks.attention import (CompactNonLocalBlock, CrissCrossAttention, CrissCrossBlock, DoubleAttentionBlock,
+                                       NonLocalBlock, criss_cross)
+from srl_pose.testing import randomize
 
 BLOCKS = {'nl': NonLocalBlock, 'cgnl': CompactNonLocalBlock, 'a2': DoubleAttentionBlock, 'cc': CrissCrossBlock}
 NORM = ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
@@ -21,13 +22,10 @@ NAMES = {  # of the original's checkpoints, in their order
            'convb.0.weight', *(f'convb.1.{p}' for p in NORM)]}
 
 
-def awake(name: str, channels: int = 32, std: float = 0.2, **options) -> nn.Module:
+def random_block(name: str, channels: int = 32, std: float = 0.2, **options) -> nn.Module:
     "A block with random parameters."
     torch.manual_seed(0)
-    block = BLOCKS[name](channels, **options)
-    for p in block.parameters():
-        nn.init.normal_(p, std=std)
-    return block
+    return randomize(BLOCKS[name](channels, **options), std=std)
 
 
 def composed_nl(x, m):
@@ -69,7 +67,7 @@ def composed_cc(x, m):
 @pytest.mark.parametrize('size', [(6, 5), (1, 7), (8, 1), (1, 1)])
 @pytest.mark.parametrize('name, options', [('nl', {}), ('cgnl', {}), ('a2', {}), ('cc', {}), ('cc', {'shared': False})])
 def test_output_and_gradients_match_composition(name, options, size, channels_last):
-    block = awake(name, **options).double()
+    block = random_block(name, **options).double()
     x = torch.randn(2, 32, *size, dtype=torch.float64)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -83,7 +81,7 @@ def test_output_and_gradients_match_composition(name, options, size, channels_la
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_float32_agrees_with_float64(name):
-    block, x = awake(name, std=0.1).eval(), torch.randn(2, 32, 24, 18)
+    block, x = random_block(name, std=0.1).eval(), torch.randn(2, 32, 24, 18)
     with torch.no_grad():
         single, exact = block(x), block.double()(x.double())
     assert (single - exact).abs().max() < 1e-5 * exact.abs().max()
@@ -101,7 +99,7 @@ def test_two_attentions_add_names_only():
 
 
 @pytest.mark.parametrize('name, count', [('nl', 396_672), ('cgnl', 308_736), ('a2', 199_488), ('cc', 902_259)])
-def test_identity_at_birth_with_the_published_parameters(name, count):
+def test_identity_at_initialisation_with_the_published_parameters(name, count):
     block, x = BLOCKS[name](256, size=(4, 3)), torch.randn(2, 256, 4, 3)
     assert 3 * sum(p.numel() for p in block.parameters()) == count
     for training in (True, False):
@@ -111,7 +109,7 @@ def test_identity_at_birth_with_the_published_parameters(name, count):
     assert last.weight.grad.abs().max() > 0
 
 
-def test_only_the_last_norm_of_criss_cross_is_silent():
+def test_only_the_last_norm_of_criss_cross_starts_at_zero():
     block = CrissCrossBlock(32)
     assert block.conva[1].weight.eq(1).all() and block.convb[1].weight.eq(0).all() and block.cca.gamma.eq(0).all()
     assert 0.005 < block.conva[0].weight.std() < 0.02
@@ -121,7 +119,7 @@ def test_only_the_last_norm_of_criss_cross_is_silent():
 @pytest.mark.parametrize('inside', [False, True], ids=['float32 input', 'half input'])
 @pytest.mark.parametrize('name', BLOCKS)
 def test_autocast_trains_without_nan(name, dtype, inside):
-    block = awake(name, std=0.1)
+    block = random_block(name, std=0.1)
     x = (30 * torch.randn(2, 32, 16, 12)).to(dtype if inside else torch.float32).requires_grad_()
     with torch.autocast('cpu', dtype=dtype):
         y = block(x)
@@ -132,7 +130,7 @@ def test_autocast_trains_without_nan(name, dtype, inside):
 
 @pytest.mark.parametrize('name', BLOCKS)
 def test_a_block_in_bfloat16_throughout(name):
-    block, x = awake(name, std=0.1).eval(), torch.randn(1, 32, 9, 7)
+    block, x = random_block(name, std=0.1).eval(), torch.randn(1, 32, 9, 7)
     with torch.no_grad():
         exact = block(x)
         y = block.bfloat16()(x.bfloat16())
@@ -145,7 +143,7 @@ def test_large_scores_overflow_nothing():
     q, k, v = (200 * torch.randn(1, 16, 5, 4) for _ in range(3))
     y = criss_cross(q.half(), k.half(), v.half())
     assert y.dtype == torch.float16 and torch.isfinite(y).all()
-    block = awake('nl', std=0.5).eval()
+    block = random_block('nl', std=0.5).eval()
     with torch.no_grad(), torch.autocast('cpu', dtype=torch.float16):
         assert block.t(100 * torch.ones(1, 32, 1, 1)).abs().max() > 256  # so that a square exceeds 65504
         assert torch.isfinite(block(100 * torch.randn(1, 32, 6, 5))).all()
@@ -153,7 +151,7 @@ def test_large_scores_overflow_nothing():
 
 @pytest.mark.parametrize('name', ['nl', 'cgnl', 'a2'])
 def test_permuting_positions_permutes_the_output(name):
-    block = awake(name).double()
+    block = random_block(name).double()
     x = torch.randn(2, 32, 5, 4, dtype=torch.float64)
     order = torch.randperm(20)
     shuffled = x.flatten(2)[:, :, order].view_as(x)
@@ -172,7 +170,7 @@ def test_criss_cross_knows_rows_from_columns():
 @pytest.mark.parametrize('name, numbers', [('nl', 32), ('cgnl', 32), ('a2', 32), ('cc', 40 + 30)])
 def test_nothing_grows_with_the_square_of_positions(name, numbers):
     "What is saved for backward holds at most so many numbers for each of N = 1,200 positions (cc: H + W)."
-    kept, block = [], awake(name)
+    kept, block = [], random_block(name)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         block(torch.randn(1, 32, 40, 30))
     assert max(kept) <= 1200 * numbers

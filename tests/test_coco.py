@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srl_pose.coco import CocoPersons
-from srl_pose.crops import Augmentation
-from srl_pose.annotations import read_annotations
+from srl_pose.data.coco import CocoPersons
+from srl_pose.pose.crops import Augmentation
+from srl_pose.data.annotations import read_annotations
 from srl_pose.files import DataError
-from srl_pose.heatmap import Heatmaps
-from srl_pose.keypoints import COCO_KEYPOINTS, KeypointSet
+from srl_pose.pose.heatmap import Heatmaps
+from srl_pose.pose.keypoints import COCO_KEYPOINTS, KeypointSet
 
 SIZE = (96, 128)
 
@@ -380,7 +380,7 @@ def test_keypoints_follow_the_image(root, rotation):
 def test_nothing_but_arrays_per_person(root):
     """Workers share arrays; a list of a million objects they would copy."""
     persons = CocoPersons(root, 'val', input_size=SIZE)
-    for name, value in (vars(persons) | vars(persons._files)).items():
+    for name, value in (vars(persons) | vars(persons.images) | vars(persons.images.files)).items():
         if isinstance(value, np.ndarray):
             assert value.dtype != object and value.flags.c_contiguous, name
         else:

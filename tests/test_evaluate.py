@@ -13,14 +13,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from srl_pose.bootstrap import Matches, bootstrap, compare
-from srl_pose.coco import CocoPersons
-from srl_pose.crops import Augmentation
-from srl_pose.evaluate import METRICS, coco_results, evaluate, evaluate_results, predict, run_cocoeval, val2017_warnings
+from srl_pose.evaluation.bootstrap import Matches, bootstrap, compare
+from srl_pose.data.coco import CocoPersons
+from srl_pose.pose.crops import Augmentation
+from srl_pose.evaluation.evaluate import METRICS, coco_results, evaluate, evaluate_results, predict, run_cocoeval, val2017_warnings
 from srl_pose.files import DataError, project_root, write_json
-from srl_pose.heatmap import Heatmaps
-from srl_pose.keypoints import COCO_KEYPOINTS
-from srl_pose.oks import oks, oks_nms
+from srl_pose.pose.heatmap import Heatmaps
+from srl_pose.pose.keypoints import COCO_KEYPOINTS
+from srl_pose.pose.oks import oks, oks_nms
+from srl_pose.testing import nms_original
 
 
 @pytest.fixture(scope='module')
@@ -65,20 +66,6 @@ def test_golden_boxes_are_those_of_the_data_set(external):
     assert np.abs(persons.area / boxes[:, 4] - 1).max() <= 1e-6
 
 
-def original_nms(keypoints, areas, scores, threshold=0.9):
-    """The original's greedy loop: one OKS after the other."""
-    variances, left, kept = (np.array(COCO_KEYPOINTS.sigmas) * 2)**2, np.argsort(scores, kind='stable')[::-1], []
-    while len(left):
-        kept.append(int(left[0]))
-        similar = np.zeros(len(left) - 1)
-        for n, j in enumerate(left[1:]):
-            dx, dy = (keypoints[left[0]] - keypoints[j]).T
-            e = (dx**2 + dy**2) / variances / ((areas[left[0]] + areas[j]) / 2 + np.spacing(1)) / 2
-            similar[n] = np.sum(np.exp(-e)) / len(e)
-        left = left[1:][similar <= threshold]
-    return kept
-
-
 def original_numbers(file, image_ids, preds, boxes):
     """Rescoring, suppression and COCOeval, person by person and keypoint by keypoint, as in the original."""
     results = []
@@ -90,7 +77,7 @@ def original_numbers(file, image_ids, preds, boxes):
                 if value > 0.2:
                     total, n = total + float(value), n + 1
             scores.append(boxes[i, 5] * (total / n if n else 0))
-        for k in original_nms(preds[mine, :, :2].astype(float), boxes[mine, 4], np.array(scores)):
+        for k in nms_original(preds[mine, :, :2].astype(float), boxes[mine, 4], np.array(scores), COCO_KEYPOINTS.sigmas):
             results.append(dict(image_id=image_id, category_id=1, score=float(scores[k]),
                                 keypoints=preds[mine[k]].astype(float).ravel().tolist()))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -128,7 +115,7 @@ def test_suppression_is_the_original_s(threshold):
     rng = np.random.default_rng(0)
     for n, twice, spread in ((1, 0, 1), (2, 1, 1), (7, 3, 600), (25, 5, 60), (60, 15, 600), (60, 30, 5)):
         poses, areas, scores = scattered(rng, n, twice, spread)
-        assert oks_nms(poses, areas, scores, threshold=threshold).tolist() == original_nms(poses, areas, scores, threshold)
+        assert oks_nms(poses, areas, scores, threshold=threshold).tolist() == nms_original(poses, areas, scores, COCO_KEYPOINTS.sigmas, threshold)
     same = np.repeat(poses[:1], 20, 0)
     assert len(oks_nms(same, areas[:20], scores[:20])) == 1
     assert oks_nms(poses[:0], areas[:0], scores[:0]).tolist() == []
@@ -156,7 +143,7 @@ def test_truth_scores_one(external, data, split):
 
 
 def test_settings_are_stated(val):
-    evaluation = evaluate(Model(), val, flip_test=False, confidence_threshold=0.3, nms_threshold=0.8, bgr=True)
+    evaluation = evaluate(Model(), val, flip_test=False, confidence_threshold=0.3, nms_threshold=0.8, color_order='BGR')
     settings = evaluation.settings
     file = 'annotations/person_keypoints_val.json'
     assert settings == dict(
@@ -173,7 +160,7 @@ def test_each_option_changes_something(val):
     model = Model()
     plain, scores = predict(model, val, flip_test=False)
     assert not np.array_equal(predict(model, val, flip_test=True)[0], plain)
-    assert not np.array_equal(predict(model, val, flip_test=False, bgr=True)[1], scores)
+    assert not np.array_equal(predict(model, val, flip_test=False, color_order='BGR')[1], scores)
     for batch_size, workers in ((1, 0), (7, 2)):
         again = predict(model, val, flip_test=False, batch_size=batch_size, workers=workers)
         assert np.allclose(again[1], scores, atol=1e-5)

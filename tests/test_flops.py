@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from srl_pose.flops import count_flops, count_params, published_gflops
-from srl_pose.pose_net import BLOCKS, PoseResNet
-from srl_pose.published import PAPER
+from srl_pose.pose.flops import count_flops, count_params, published_gflops
+from srl_pose.pose.pose_net import BLOCKS, PoseResNet
+from srl_pose.results.published import PAPER
 
 TABLE_2 = [p for p in PAPER if 2 in p.tables]
 TABLE_3 = [  # ResNet-50, three blocks: extra GFLOPs at 256x192 and at 384x288, extra million parameters

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srl_pose.check import check
-from srl_pose.coco import CocoPersons
+from srl_pose.data.check import check
+from srl_pose.data.coco import CocoPersons
 from srl_pose.files import DataError
+from srl_pose.testing import keep_keypoints
 from test_images import ARCHIVES
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'sample'
@@ -415,13 +416,7 @@ def test_a_test_set_has_images_only(root):
 
 @pytest.mark.parametrize('names', [['nose', 'left_wrist', 'right_wrist', 'left_ankle', 'right_ankle']])
 def test_other_keypoints_are_those_of_the_file(root, names):
-    def change(data):
-        data['categories'] = [dict(id=1, name='person', keypoints=names, sigmas=[.05] * 5)]
-        for a in data['annotations']:
-            a['keypoints'] = np.reshape(a['keypoints'], (17, 3))[[0, 9, 10, 15, 16]].ravel().tolist()
-            a['num_keypoints'] = sum(flag > 0 for flag in a['keypoints'][2::3])
-
-    edit(root, ANNOTATIONS, change)
+    edit(root, ANNOTATIONS, lambda data: keep_keypoints(data, names, sigmas=[.05] * 5))
     error, report = judge(root)
     assert (error, report.errors, report.warnings) == (None, [], [])
     assert [row['keypoint'] for row in report.counts['val']['keypoints']] == names

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from srl_pose.coco import CocoPersons
-from srl_pose.crops import keypoints_to_image
-from srl_pose.decoders import DECODERS
+from srl_pose.data.coco import CocoPersons
+from srl_pose.pose.crops import keypoints_to_image
+from srl_pose.pose.decoders import DECODERS
 from srl_pose.files import project_root
-from srl_pose.heatmap import Heatmaps, flip_heatmaps, heatmap_accuracy, heatmap_loss
+from srl_pose.pose.heatmap import Heatmaps, flip_heatmaps, heatmap_accuracy, heatmap_loss
 
 
 @pytest.fixture(scope='module')

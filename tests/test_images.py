@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srl_pose import images as module
-from srl_pose.coco import CocoPersons
-from srl_pose.crops import Augmentation, apply_matrix, crop_matrix
+from srl_pose.data import images as module
+from srl_pose.data.coco import CocoPersons
+from srl_pose.pose.crops import Augmentation, apply_matrix, crop_matrix
 from srl_pose.files import DataError, project_root
-from srl_pose.images import ArchiveImages, FolderImages, open_cache
+from srl_pose.data.images import ArchiveImages, FolderImages, open_cache
 
 SAMPLE, SIZE = project_root(Path(__file__).parent) / 'sample', (96, 128)
 EVERYTHING = Augmentation(half_body_probability=0.5, dropout_probability=0.5)
@@ -59,7 +59,7 @@ def test_real_crops_are_the_same_from_everywhere(external, tmp_path, size):
     for i in range(len(plain)):
         items = [persons[i] for persons in (plain, packed, cached, cached)]
         assert all(torch.equal(item[name], items[0][name]) for item in items for name in item)
-        center, scale, angle, flip = plain._region(i)
+        center, scale, angle, flip = plain.view(i)
         image = plain.read_image(i)
         if flip:
             image, center = image[:, ::-1], [image.shape[1] - 1 - center[0], center[1]]
@@ -259,7 +259,7 @@ def test_dots_are_found_in_half_bodies(tmp_path):
         assert len(many) > 20
         zoomed = 0
         for i in many[:20].tolist():
-            center, scale, _, _ = half._region(i)
+            center, scale, _, _ = half.view(i)
             matrix = crop_matrix(center, scale, SIZE, unbiased=unbiased)
             seen = half.visible[i] > 0
             assert np.allclose(half[i]['keypoints'].numpy()[seen], apply_matrix(matrix, half.keypoints[i])[seen], atol=1e-3)

@@ -1,16 +1,16 @@
 """A data set with keypoints of its own, from its file to average precision."""
 import json
 
-import numpy as np
 import pytest
 
-from srl_pose.checkpoint import load_checkpoint
-from srl_pose.evaluate import evaluate
-from srl_pose.experiment import Experiment
+from srl_pose.training.checkpoint import load_checkpoint
+from srl_pose.evaluation.evaluate import evaluate
+from srl_pose.experiment.experiment import Experiment
 from srl_pose.files import DataError
-from srl_pose.keypoints import COCO_KEYPOINTS
-from srl_pose.sample import make_sample
-from srl_pose.train import train
+from srl_pose.pose.keypoints import COCO_KEYPOINTS
+from srl_pose.sample.scenes import make_sample
+from srl_pose.testing import keep_keypoints
+from srl_pose.training.train import train
 
 FIVE = 'nose left_wrist right_wrist left_ankle right_ankle'.split()
 
@@ -18,16 +18,11 @@ FIVE = 'nose left_wrist right_wrist left_ankle right_ankle'.split()
 @pytest.fixture
 def experiment(tmp_path, sample_row):
     """Drawn people with five keypoints each; their category names them, their limbs and tolerances."""
-    root, kept = make_sample(tmp_path / 'data', train=6, val=4), [COCO_KEYPOINTS.names.index(name) for name in FIVE]
+    root = make_sample(tmp_path / 'data', train=6, val=4)
+    sigmas = [COCO_KEYPOINTS.sigmas[COCO_KEYPOINTS.names.index(name)] for name in FIVE]
     for split in ('train', 'val'):
         file = root / f'annotations/person_keypoints_{split}.json'
-        data = json.loads(file.read_text())
-        sigmas = [COCO_KEYPOINTS.sigmas[k] for k in kept]
-        data['categories'] = [dict(id=1, name='person', keypoints=FIVE, skeleton=[[1, 2], [1, 3]], sigmas=sigmas)]
-        for a in data['annotations']:
-            five = np.reshape(a['keypoints'], (17, 3))[kept]
-            a.update(keypoints=five.ravel().tolist(), num_keypoints=int((five[:, 2] > 0).sum()))
-        file.write_text(json.dumps(data))
+        file.write_text(json.dumps(keep_keypoints(json.loads(file.read_text()), FIVE, skeleton=[[1, 2], [1, 3]], sigmas=sigmas)))
     sample_row['data'] = dict(root=str(root), train='train', val='val', detections=None)
     sample_row['model'] |= dict(input_size=(32, 64), block=None, block_after=('deconv1',))
     sample_row['train'] |= dict(epochs=1, batch_size=8, warmup_epochs=0, lr_steps=())

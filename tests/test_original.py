@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from srl_pose.original import load_original
-from srl_pose.pose_net import BLOCKS, DECONVS, PoseResNet
+from srl_pose.pose.original import load_original
+from srl_pose.pose.pose_net import BLOCKS, DECONVS, PoseResNet
 
 
 def golden_value(name: str, shape: list[int], kind: str) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_golden(external, golden_key):
     h, w = 4 * expected.shape[2], 4 * expected.shape[3]
     state = {f'module.{name}': golden_value(name, *entry) for name, entry in entries.items()}
     loaded = load_original({'state_dict': state}, input_size=(w, h))
-    assert (loaded.missing, loaded.unexpected, loaded.mismatched, loaded.bgr) == ((), (), (), True)
+    assert (loaded.missing, loaded.unexpected, loaded.mismatched, loaded.color_order) == ((), (), (), 'BGR')
     model = loaded.model.train('train' in golden_key)
     depth, block, *places = golden_key.split('_')
     if block in BLOCKS and places and set(places[0]) <= {'0', '1'}:

@@ -1,10 +1,10 @@
 """The whole chain on real photographs: a few persons of coco-mini, learned by heart."""
 import json
 
-from srl_pose.checkpoint import load_checkpoint
-from srl_pose.evaluate import evaluate
-from srl_pose.experiment import Experiment
-from srl_pose.train import train
+from srl_pose.training.checkpoint import load_checkpoint
+from srl_pose.evaluation.evaluate import evaluate
+from srl_pose.experiment.experiment import Experiment
+from srl_pose.training.train import train
 
 
 def few_persons(source, root, persons, copies):

@@ -1,44 +1,108 @@
-"""dvc.yaml says the truth about what a stage depends on."""
-import ast
+"""Packages import only packages below them, and dvc.yaml names all that a stage depends on, and no more."""
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from ruamel.yaml import YAML
+
+from srl_pose.experiment.provenance import imports_of, modules_behind
+from srl_pose.training.checkpoint import LOOK_ON
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
+MODULES = sorted('.'.join(p.relative_to(ROOT / 'srl_pose').with_suffix('').parts).removesuffix('.__init__')
+                 for p in (ROOT / 'srl_pose').rglob('*.py') if p.stem != '_modidx' and p.parent / p.stem != ROOT / 'srl_pose' / '__init__')
+# from the ground up; modules right in srl_pose are the ground, and the appendix stands on the blocks that it makes faster
+FLOORS = ['', 'blocks', 'blocks.cpu', 'pose', 'data', 'experiment', 'evaluation', 'training', 'results', 'use', 'sample', 'benchmarks']
 
 
-def modules_behind(*names, without=frozenset()):
-    """The modules of the package that `names` import, directly or not, and `names` themselves."""
-    found, todo = set(without), list(names)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            tree = ast.parse((ROOT / 'srl_pose' / f'{name}.py').read_text())
-            todo += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
-    return found - without
+PLUG = {'blocks': {'blocks.cpu', 'blocks.cpu.fast'}}  # the one arrow upwards: the package of the blocks plugs the appendix in (nbs/9_cpu/05_plug_in.ipynb)
 
 
-LOOKS_ON = {'draw', 'evaluate'}  # training draws pages and measures AP with them, but no weight depends on them
+def floor_of(module):
+    return FLOORS.index(module if module in FLOORS else module.rpartition('.')[0])
 
 
-@pytest.mark.parametrize('stage,modules', [('train', ['train', 'params']), ('evaluate', ['evaluate', 'params', 'metrics'])])
-def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules):
-    named = {Path(dep).stem for dep in STAGES[stage]['deps'] if dep.endswith('.py')}
-    assert named == modules_behind(*modules, without=LOOKS_ON if stage == 'train' else frozenset())
+@pytest.mark.parametrize('module', MODULES)
+def test_a_floor_stands_only_on_floors_below_it(module):
+    """Wherever in the file the import stands. So there is no circle between packages, either."""
+    above = {name for name in imports_of(module) & set(MODULES) if floor_of(name) > floor_of(module)}
+    assert above == PLUG.get(module, set())
 
 
-def test_the_table_depends_on_its_own_code_and_all_metrics():
+def test_notebooks_stand_in_the_order_of_the_floors():
+    """A notebook's chapter is its module's package, and chapters follow the floors, the appendix apart."""
+    chapters = {}
+    for path in sorted((ROOT / 'nbs').glob('[1-8]_*/*.ipynb')):
+        first = next(line for line in path.read_text().splitlines() if '"source"' not in line and '#|' in line or '"# ' in line)
+        if '#| default_exp' in first: chapters.setdefault(path.parent.name, []).append(first.split()[-1].strip('",').rpartition('.')[0])
+    assert [FLOORS.index(package) for packages in chapters.values() for package in packages] == sorted(
+        FLOORS.index(package) for packages in chapters.values() for package in packages)
+    assert set(FLOORS) == {package for packages in chapters.values() for package in packages} | {'', 'blocks.cpu'}
+
+
+@pytest.mark.parametrize('stage,modules,aside', [
+    ('train', ['training.train', 'experiment.params'], {*LOOK_ON, 'evaluation', 'timing'}),  # training looks through these, but no weight depends on them
+    ('evaluate', ['evaluation.evaluate', 'evaluation.metrics', 'experiment.params'], {'timing'}),  # the name of the machine
+    ('measure', ['pose.pose_net', 'pose.flops', 'results.measure'], {'data', 'experiment', 'evaluation', 'results', 'files'}),  # of a network, not of a run
+    ('table', ['results.pages', 'results.table', 'results.compare', 'results.published'], {'blocks', 'pose', 'data', 'timing'})])  # no network runs
+def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules, aside):
+    deps = {ROOT / dep for dep in STAGES[stage]['deps'] if dep.startswith('srl_pose/')}
+    assert all(dep.exists() for dep in deps)
+    missing = {name for name, file in modules_behind(*modules).items() if not deps & {file, *file.parents}}
+    assert {name for name in missing if name not in aside and name.partition('.')[0] not in aside} == set()
+
+
+@pytest.fixture(scope='module')
+def code_hashes(tmp_path_factory):
+    """What DVC compares: the digest of all code that each stage depends on, in a copy of the project."""
+    copy = tmp_path_factory.mktemp('project')
+    for name in ('settings.ini', 'dvc.yaml', 'params.yaml', '.dvcignore'): shutil.copy(ROOT / name, copy)
+    for name in ('nbs', 'srl_pose'): shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__'))
+    Repo.init(str(copy), no_scm=True)
+
+    def hashes():
+        with Repo(str(copy)) as repo:
+            return {(stage.name, dep.def_path): str(dep.get_hash()) for stage in repo.index.stages for dep in stage.deps if dep.def_path.startswith('srl_pose/')}
+    return copy, hashes
+
+
+def test_prose_changes_no_stage(code_hashes):
+    """A sentence more in every Markdown cell of every notebook, exported again."""
+    copy, hashes = code_hashes
+    before = hashes()
+    assert {name.split('@')[0] for name, _ in before} == set(STAGES)
+    for path in (copy / 'nbs').rglob('*.ipynb'):
+        notebook = json.loads(path.read_text())
+        for cell in notebook['cells']:
+            if cell['cell_type'] == 'markdown' and not cell['source'][0].startswith('# '): cell['source'].append('\nOne more sentence.')
+        path.write_text(json.dumps(notebook))
+    subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=copy, check=True)
+    assert hashes() == before
+
+
+def test_what_python_leaves_changes_no_stage_but_code_does(code_hashes):
+    copy, hashes = code_hashes
+    before = hashes()
+    for folder in ('__pycache__', '.ipynb_checkpoints'):
+        (copy / 'srl_pose' / 'pose' / folder).mkdir()
+        (copy / 'srl_pose' / 'pose' / folder / 'oks.py').write_text('1')
+    assert hashes() == before
+    with (copy / 'srl_pose' / 'pose' / 'oks.py').open('a') as file: file.write('x = 1\n')
+    assert {name.split('@')[0] for (name, dep), digest in hashes().items() if digest != before[name, dep]} == {'train', 'evaluate', 'measure'}
+
+
+def test_the_table_depends_on_all_metrics():
     assert {'outputs/${set}/${recipe}/metrics', 'outputs/${set}/measured', 'results'} <= set(STAGES['table']['deps'])
-    named = {Path(dep).stem for dep in STAGES['table']['deps'] if dep.endswith('.py')}
-    assert named == {'bootstrap', 'compare', 'experiment', 'measure', 'metrics', 'params', 'published', 'table'}
 
 
-def test_a_price_depends_on_the_network_but_on_no_data_and_no_training():
-    deps = {Path(dep).stem for dep in STAGES['measure']['deps']}
-    assert deps == {'measure', 'benchmark', *modules_behind('pose_net', 'flops')} and not any('train' in p for p in STAGES['measure']['params'])
+def test_a_cost_depends_on_no_data_and_no_training():
+    assert not any('data' in dep.split('/') or 'training' in dep for dep in STAGES['measure']['deps'])
+    assert not any('train' in p for p in STAGES['measure']['params'])
 
 
 def test_every_parameter_decides_something():

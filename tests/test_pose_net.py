@@ -1,31 +1,21 @@
-"""Every block at every place, every variant of the trunk, and what is refused."""
+"""Every block at every place, every variant of the backbone, and what is refused."""
 from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
-from srl_pose.pose_net import BLOCKS, DECONVS, LAYERS, PoseResNet
+from srl_pose.pose.pose_net import BLOCKS, DECONVS, LAYERS, PoseResNet, copy_all_but_blocks
 
 SIZE = (32, 64)  # (w, h)
-OPTIONS = {'lo': {'alpha': True}}  # as released, lo is no identity at birth
-DECODER = [places for n in range(1, 4) for places in combinations(DECONVS, n)]
-ENCODER = [*((layer,) for layer in LAYERS), tuple(f'{layer}/2' for layer in LAYERS), ('layer3/1',),
-           ('layer2/2', 'layer4', 'deconv2')]
+OPTIONS = {'lo': {'alpha': True}}  # as released, lo is no identity at initialisation
+DECONVOLUTIONS = [places for n in range(1, 4) for places in combinations(DECONVS, n)]
+BACKBONE = [*((layer,) for layer in LAYERS), tuple(f'{layer}/2' for layer in LAYERS), ('layer3/1',),
+            ('layer2/2', 'layer4', 'deconv2')]
 
 
 def blocks_of(model: PoseResNet) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, tuple(BLOCKS.values()))}
-
-
-def copy_all_but_blocks(source: PoseResNet, target: PoseResNet) -> None:
-    "Fill a network that has blocks with the numbers of one that has none."
-    for name, part in source.named_children():
-        if name != 'deconv_layers':
-            getattr(target, name).load_state_dict(part.state_dict(), strict=False)
-    parts = [part for part in target.deconv_layers if not isinstance(part, tuple(BLOCKS.values()))]
-    for part, twin in zip(parts, source.deconv_layers, strict=True):
-        part.load_state_dict(twin.state_dict())
 
 
 def check_step(model: PoseResNet, x: torch.Tensor) -> None:
@@ -46,7 +36,7 @@ def plain() -> PoseResNet:
     return PoseResNet('resnet18').eval()
 
 
-@pytest.mark.parametrize('after', [*DECODER, *ENCODER], ids='+'.join)
+@pytest.mark.parametrize('after', [*DECONVOLUTIONS, *BACKBONE], ids='+'.join)
 @pytest.mark.parametrize('block', BLOCKS)
 def test_blocks_are_identities_that_learn(plain, block, after):
     model = PoseResNet('resnet18', block=block, block_after=after, block_options=OPTIONS.get(block), input_size=SIZE)
@@ -59,7 +49,7 @@ def test_blocks_are_identities_that_learn(plain, block, after):
 
 @pytest.mark.parametrize('variant', [dict(downsample=False), dict(downsample=False, dilate=True)], ids=str)
 @pytest.mark.parametrize('block', BLOCKS)
-def test_trunks_that_keep_their_resolution(block, variant):
+def test_backbones_that_keep_their_resolution(block, variant):
     torch.manual_seed(0)
     places = ['layer2', 'layer3', 'layer4', 'deconv1']
     model = PoseResNet('resnet18', block=block, block_after=places, block_options=OPTIONS.get(block), input_size=SIZE,

@@ -2,18 +2,26 @@
 import configparser
 import filecmp
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+import chapters  # noqa: E402
+import render  # noqa: E402
+
 STAGES = sorted((ROOT / 'nbs' / 'stages').glob('*.ipynb'))
-NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+NAME = lambda path: path.relative_to(ROOT / 'nbs').with_suffix('').as_posix()  # noqa: E731
 
 
 def test_notebooks_are_clean_and_exported(tmp_path):
@@ -23,7 +31,7 @@ def test_notebooks_are_clean_and_exported(tmp_path):
     (tmp_path / 'srl_pose').mkdir()
     for command in ('nbdev_clean', 'nbdev_export'):
         subprocess.run([Path(sys.executable).with_name(command)], cwd=tmp_path, check=True)
-    for folder, pattern in (('nbs', '**/*.ipynb'), ('srl_pose', '*.py')):
+    for folder, pattern in (('nbs', '**/*.ipynb'), ('srl_pose', '**/*.py')):
         names = lambda root: {str(p.relative_to(root)) for p in (root / folder).glob(pattern)
                               if '.ipynb_checkpoints' not in p.parts}
         assert names(tmp_path) == names(ROOT), 'a module without a notebook, or a notebook that was not exported'
@@ -40,20 +48,101 @@ def test_stage_notebooks_are_thin(path):
     assert list(papermill.inspect_notebook(str(path))) == parameters
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS + STAGES, ids=lambda p: p.stem)
-def test_notebooks_hold_no_noise(path):
-    """Outputs are small, without errors, warnings or paths of one machine."""
-    cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+def noise_in(notebook):
+    """What should not be committed with a notebook: errors, warnings, what one machine or one run prints."""
+    cells = [c for c in notebook['cells'] if c['cell_type'] == 'code']
     outputs = [o for c in cells for o in c['outputs']]
-    assert len(json.dumps(outputs)) < 800_000
-    assert not any(o['output_type'] == 'error' or o.get('name') == 'stderr' for o in outputs)
-    assert str(Path.home()) + '/' not in json.dumps(outputs)
-    assert not any('eval: false' in ''.join(c['source']) for c in cells)
+    texts = [''.join(text) for o in outputs for text in (o.get('text', ''), *(v for k, v in o.get('data', {}).items() if not k.startswith('image/')))]
+    found = [f'{o["output_type"]} {o.get("name", "")}' for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr']
+    for what, pattern in dict(path=r'(?<![\w.])/(?:home|root|tmp|work|usr|opt|Users|var)/\S+', address=r'\b0x[0-9a-f]{6,}\b', warning=r'\b\w*Warning:',
+                              progress=r'\d+%\|', date=r'\b20\d\d-\d\d-\d\d[ T]\d\d:\d\d').items():
+        found += [f'{what} {hit[0][:60]}' for text in texts if (hit := re.search(pattern, text))]
+    found += [f'execution count of cell {c["id"]}' for c in cells if c['execution_count'] is not None]
+    found += [f'cell {c["id"]} is not run' for c in cells if 'eval: false' in ''.join(c['source'])]
+    return found
 
 
-def test_index_names_every_notebook():
-    text = (ROOT / 'nbs' / 'index.ipynb').read_text()
-    assert [p.name for p in NOTEBOOKS if p.name != 'index.ipynb' and p.name not in text] == []
+NOISY = {
+    'stderr': dict(output_type='stream', name='stderr', text=['careful\n']), 'error': dict(output_type='error', ename='E', evalue='', traceback=[]),
+    'path': dict(output_type='stream', name='stdout', text=['saved in /home/me/x.pt\n']), 'address': dict(output_type='execute_result', data={'text/plain': ['<f at 0x7f03bb806de0>']}),
+    'warning': dict(output_type='stream', name='stdout', text=['UserWarning: old\n']), 'progress': dict(output_type='stream', name='stdout', text=[' 40%|####  |']),
+    'date': dict(output_type='display_data', data={'text/html': ['<p>2026-01-31 12:00</p>']})}
+
+
+@pytest.mark.parametrize('kind', NOISY)
+def test_noise_is_found(kind):
+    cell = dict(cell_type='code', id='a', source=[], execution_count=None, outputs=[NOISY[kind]])
+    assert noise_in(dict(cells=[cell]))
+    assert noise_in(dict(cells=[cell | dict(outputs=[], execution_count=3)]))
+    quiet = dict(output_type='stream', name='stdout', text=['AP 0.402 for r50_256x192, 3×3, 40 % of 2026 persons\n'])
+    assert not noise_in(dict(cells=[cell | dict(outputs=[quiet])]))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAME)
+def test_notebooks_hold_no_noise(path):
+    assert noise_in(json.loads(path.read_text())) == []
+
+
+def test_outputs_are_small():
+    sizes = {NAME(path): sum(len(json.dumps(c.get('outputs', []))) for c in json.loads(path.read_text())['cells']) for path in NOTEBOOKS}
+    assert sum(sizes.values()) < 3_000_000 and max(sizes.values()) < 400_000, sizes
+
+
+RENDERED = [path for path in NOTEBOOKS if path.parent.name != 'stages' and path.name != 'index.ipynb']
+
+
+@pytest.mark.parametrize('path', RENDERED, ids=NAME)
+def test_outputs_are_of_the_present_code(path):
+    """`make render` has run a notebook since its code was edited last."""
+    assert nbformat.read(path, 4).metadata.get('rendered') == render.code_of(nbformat.read(path, 4)), 'run make render'
+
+
+@pytest.mark.parametrize('name', ['1_blocks/04_dimensions', '2_pose/07_oks', '7_sample/01_figure'])
+def test_a_notebook_run_again_shows_the_same(name):
+    assert render.differences(ROOT / 'nbs' / f'{name}.ipynb') == []
+
+
+def test_a_stale_output_is_found(tmp_path, monkeypatch):
+    """Other text, another picture, one output more: each is a difference; the last digit of a number is none."""
+    source = "import matplotlib.pyplot as plt\nprint('loss 0.4001')\nplt.plot([1, 2]); plt.show()"
+    path, monkey = tmp_path / 'nbs' / 'a.ipynb', nbformat.v4
+    path.parent.mkdir()
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    path.write_text(nbformat.writes(monkey.new_notebook(cells=[monkey.new_code_cell(source, id='a')], metadata=kernel)))
+    monkeypatch.setattr(render, 'NBS', path.parent)
+    render.render(path)
+    assert render.differences(path) == []
+    good = path.read_text()
+    assert 'image/png' in good and '0.4001' in good
+    path.write_text(good.replace('"loss 0.4001\\n"', '"loss 0.4002\\n"'))
+    assert render.differences(path) == []
+    for old, new in (('"loss 0.4001\\n"', '"loss 0.5\\n"'), ('"loss 0.4001\\n"', '"gain 0.4001\\n"'), ('plt.plot([1, 2])', 'plt.plot([2, 1])'), ('plt.show()', 'plt.show(); 3')):
+        assert old in good
+        path.write_text(good.replace(old, new, 1))
+        assert len(render.differences(path)) == 1, (old, new)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAME)
+def test_exported_cells_are_short(path):
+    cells = [''.join(c['source']).strip() for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    lengths = [len(cell.splitlines()) for cell in cells if cell.startswith('#| export')]
+    assert max(lengths, default=0) <= 50
+
+
+def test_chapters_list_every_notebook():
+    for chapter in chapters.chapters():
+        assert (chapter / 'README.md').read_text() == chapters.page(chapter), 'run make chapters'
+
+
+PAGES = [*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), *ROOT.glob('nbs/**/README.md'), *ROOT.glob('results/**/*.md')]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS + PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path):
+    """Links inside the project; a page for people and a notebook alike."""
+    texts = [path.read_text()] if path.suffix == '.md' else [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'markdown']
+    links = [link for text in texts for link in re.findall(r'\]\(([^)\s]+)\)', re.sub(r'`[^`]*`', '', text)) if not re.match(r'[a-z]+:|#|attachment', link)]
+    assert [link for link in links if not (path.parent / link.partition('#')[0]).exists()] == []
 
 
 def test_readme_is_the_index():
@@ -86,7 +175,7 @@ def test_torch_hub_finds_the_block():
     """hubconf.py works from a local path, and what it hands out is the package's own."""
     block = torch.hub.load(str(ROOT), 'spectral_block', source='local', channels=16)
     x = torch.randn(1, 16, 5, 4)
-    assert torch.equal(block(x), x) and type(block).__module__ == 'srl_pose.spectral'
+    assert torch.equal(block(x), x) and type(block).__module__ == 'srl_pose.blocks.spectral'
 
 
 EXTRAS = ('dvc', 'dvclive', 'papermill', 'jupyterlab', 'notebook', 'ipykernel', 'IPython', 'nbformat', 'nbdev', 'fastcore', 'execnb', 'onnx', 'onnxruntime', 'onnxscript',
@@ -95,7 +184,8 @@ EXTRAS = ('dvc', 'dvclive', 'papermill', 'jupyterlab', 'notebook', 'ipykernel', 
 
 def test_the_package_needs_none_of_the_extras():
     """Every module is imported, and the command says its help, where none of the optional packages can be."""
-    modules = sorted(p.stem for p in (ROOT / 'srl_pose').glob('*.py') if p.stem not in ('__init__', '_modidx', 'share'))
+    modules = sorted('.'.join(p.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+                     for p in (ROOT / 'srl_pose').rglob('*.py') if p.stem not in ('_modidx', 'share'))
     code = f'''
 import importlib, sys, torch, torchvision  # torch looks for some of them, and does without
 for name in list(sys.modules):
@@ -104,14 +194,14 @@ class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] in {EXTRAS}: raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
 sys.meta_path.insert(0, Absent())
-for name in {modules}: importlib.import_module(f'srl_pose.{{name}}')
+for name in {modules}: importlib.import_module(name)
 try:
-    import srl_pose.share
+    import srl_pose.use.share
 except ModuleNotFoundError as error:
     assert 'pip install "srl_pose[share]"' in str(error), error
 else:
     raise AssertionError('share was imported')
-from srl_pose.cli import main
+from srl_pose.use.command import main
 try:
     main(['--help'])
 except SystemExit as end:

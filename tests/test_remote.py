@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 
-from srl_pose.survive import make_project, run_folder
+from srl_pose.benchmarks.survive import make_project, run_folder
 
 
 def test_a_pushed_row_is_pulled_and_shown_elsewhere(tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from srl_pose.keypoints import COCO_KEYPOINTS
-from srl_pose.sample import SEED, SPLITS, VERSION, make_image, make_sample
+from srl_pose.pose.keypoints import COCO_KEYPOINTS
+from srl_pose.sample.scenes import SEED, SPLITS, VERSION, make_image, make_sample
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'sample'
 COUNTS = dict(train=(250, 759), val=(60, 183))  # images, persons
@@ -27,7 +27,7 @@ def test_regenerates(split):
     truth = read(annotation_file(split))
     detections = read('detections/val.json') if split == 'val' else []
     for index in range(0, COUNTS[split][0], 23):
-        picture, record, people, found = make_image(split, index)
+        image, record, people, found = make_image(split, index)
         assert record == truth['images'][index]
         stored = [a for a in truth['annotations'] if a['image_id'] == record['id']]
         assert [p['id'] for p in people] == [a['id'] for a in stored]
@@ -39,11 +39,22 @@ def test_regenerates(split):
             kept, made = ([[*d['bbox'], d['score']] for d in boxes if d['image_id'] == record['id']]
                           for boxes in (detections, found))
             assert np.allclose(made, kept, atol=0.011)
-        code = cv2.imencode('.jpg', picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
+        code = cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
         jpeg = cv2.imdecode(code, cv2.IMREAD_COLOR)
         kept = cv2.imread(str(SAMPLE / 'images' / split / record['file_name']))
         difference = np.abs(jpeg.astype(int) - kept)  # zero with the same OpenCV; another build may round otherwise
         assert difference.mean() < 1 and np.percentile(difference, 99.5) < 12
+
+
+def test_files_are_what_the_generator_writes(tmp_path):
+    """A small data set begins as the committed one does, in all its JSON files."""
+    make_sample(tmp_path / 'few', train=2, val=2)
+    for split in SPLITS:
+        made, kept = json.loads((tmp_path / 'few' / annotation_file(split)).read_text()), read(annotation_file(split))
+        assert list(made) == list(kept)
+        assert (made['info'], made['categories'], made['images']) == (kept['info'], kept['categories'], kept['images'][:2])
+    boxes = json.loads((tmp_path / 'few' / 'detections/val.json').read_text())
+    assert boxes == read('detections/val.json')[:len(boxes)]
 
 
 @pytest.mark.parametrize('split', SPLITS)

@@ -1,31 +1,18 @@
 """The spectral family against torch alone, and what the notebooks leave out."""
 import copy
 import io
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from srl_pose.native import native_library
-from srl_pose.spectral import SpectralBlock, TransformBlock
-from srl_pose.spectral_fast import group_slices
-from srl_pose.spectral_native import SOURCE, native_block
-from srl_pose.transforms import CosineBlock, OrthogonalBlock
+from srl_pose.blocks.base import TransformBlock
+from srl_pose.blocks.spectral import SpectralBlock
+from srl_pose.blocks.cpu.fast import group_slices
+from srl_pose.blocks.transforms import CosineBlock, OrthogonalBlock
+from srl_pose.testing import naive_fft_block, randomize
 
 FAMILY = {'fft': (SpectralBlock, {}), 'lo': (OrthogonalBlock, {'alpha': True}), 'dct': (CosineBlock, {})}
 FORMS = [{}, {'spectral_relu': True}, {'bottleneck': True}, {'bottleneck': True, 'spectral_relu': True}]
-
-
-def composed(x: torch.Tensor, block: SpectralBlock) -> torch.Tensor:
-    "One-to-one composition as in the original: rfft2, permute, convolution, BatchNorm, ReLU, permute, irfft2."
-    b, c, h, w = x.shape
-    z = torch.view_as_real(torch.fft.rfft2(x)).permute(0, 1, 4, 2, 3).reshape(b, 2 * c, h, -1)
-    z = F.relu(block.bn(block.conv_layer(z)))
-    z = torch.view_as_complex(z.view(b, c, 2, h, -1).permute(0, 1, 3, 4, 2).contiguous())
-    return x + block.alpha * torch.fft.irfft2(z, s=(h, w))
 
 
 @pytest.mark.parametrize('size', [(16, 12), (7, 9), (8, 5), (1, 6), (5, 1), (64, 48)])
@@ -44,7 +31,7 @@ def test_output_and_gradients_match_composition(size, channels_last, fast):
         x = x.contiguous(memory_format=torch.channels_last)
     wanted = [x, *block.parameters()]
     results = []
-    for function in (block, lambda x: composed(x, block)):
+    for function in (block, lambda x: naive_fft_block(block, x)):
         y = function(x.requires_grad_())
         results.append([y, *torch.autograd.grad((y ** 3).sum(), wanted)])
     for ours, theirs in zip(*results, strict=True):
@@ -131,6 +118,34 @@ def test_every_form_trains_copies_and_reloads(name, form):
         assert family(32, size=(9, 6), **form, **more)(torch.empty(1, 32, 9, 6)).shape == (1, 32, 9, 6)
 
 
+@pytest.mark.parametrize('form', FORMS, ids=lambda form: '+'.join(form) or 'released')
+@pytest.mark.parametrize('complex', [True, False])
+def test_only_the_released_form_is_offered_to_a_fast_form(form, complex, monkeypatch):
+    torch.manual_seed(0)
+    block, x = randomize(SpectralBlock(32, size=(9, 6), **form).double()), torch.randn(2, 32, 9, 6, dtype=torch.float64)
+    block.complex, layers = complex, []
+    monkeypatch.setitem(SpectralBlock.fast_forms, 'cpu', lambda x, *given: layers.append(given))
+    assert torch.allclose(block(x), TransformBlock.forward(block, x), rtol=1e-12, atol=1e-12)
+    assert layers == ([(block.alpha, block.conv_layer, block.bn, block.relu)] if complex and 'bottleneck' not in form else [])
+
+
+@pytest.mark.parametrize('name', FAMILY)
+@pytest.mark.parametrize('form', FORMS, ids=lambda form: '+'.join(form) or 'released')
+def test_names_in_checkpoints(name, form):
+    family, more = FAMILY[name]
+    layer = ['weight', 'bias']
+    expected = ['alpha', *(f'conv_layer.{p}' for p in layer)]
+    expected += [f'bn.{p}' for p in (*layer, 'running_mean', 'running_var', 'num_batches_tracked')]
+    expected += [f'relu.{p}' for p in layer if 'spectral_relu' in form]
+    expected += [f'conv_back.{p}' for p in layer if 'bottleneck' in form]
+    expected += [f'relu_back.{p}' for p in layer if len(form) == 2]
+    if name == 'lo':
+        expected += [f'source_{m}.parametrizations.weight.{p}' for m in 'PQ' for p in ('original', '0.base')]
+    assert list(family(32, size=(9, 6), **form, **more).state_dict()) == expected
+    if name == 'lo':
+        assert list(OrthogonalBlock(32, size=(9, 6)).state_dict())[0] == 'conv_layer.weight'  # no alpha, as released
+
+
 def test_learned_transform_stays_orthogonal_and_moves():
     torch.manual_seed(0)
     block, x = OrthogonalBlock(8, size=(7, 5)), torch.randn(4, 8, 7, 5)
@@ -165,62 +180,10 @@ def test_original_orthogonal_checkpoint(prefix):
 @pytest.mark.parametrize('build, message', [
     (lambda: OrthogonalBlock(8), 'size=None'), (lambda: CosineBlock(8, spectral_relu=True), 'size=None'),
     (lambda: SpectralBlock(8, spectral_relu=True), 'size=None'), (lambda: CosineBlock(7), 'not a positive multiple of 2'),
-    (lambda: SpectralBlock(8, bottleneck=True), 'multiple of 32'),
+    (lambda: SpectralBlock(8, bottleneck=True), 'multiple of 32: with groups=8, each group of the bottleneck'),
     (lambda: OrthogonalBlock(8, size=(4, 5))(torch.zeros(1, 8, 5, 4)), 'x is 5x4 .*built for 4x5 only'),
     (lambda: CosineBlock(8)(torch.zeros(1, 8, 5, 4).long()), 'torch.int64'),
     (lambda: SpectralBlock(8)(torch.zeros(1, 8, 5, 4, dtype=torch.complex64)), 'torch.complex64')])
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-ONE_STEP = """
-import sys, torch
-from srl_pose.spectral import SpectralBlock
-from srl_pose.spectral_native import native_block
-torch.manual_seed(0)
-block, x = SpectralBlock(128), torch.randn(2, 128, 12, 9, requires_grad=True)
-torch.nn.init.ones_(block.alpha)
-y = block(x)
-y.square().sum().backward()
-torch.save([y.detach(), x.grad, block.conv_layer.weight.grad, block.bn.running_var], sys.argv[1])
-print(native_block(x, 8) is not None)
-"""
-
-
-def one_step(out, cache, **environment):
-    """Start a fresh process that saves outputs and gradients and says whether they are native; warnings are errors."""
-    return subprocess.Popen([sys.executable, '-W', 'error', '-c', ONE_STEP, out], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, 'XDG_CACHE_HOME': str(cache), **environment})
-
-
-@pytest.mark.skipif(native_library(SOURCE) is None, reason='no C compiler')
-def test_processes_compile_at_once_and_others_do_without(tmp_path):
-    (tmp_path / 'file').touch()
-    environments = {'first': {}, 'second': {}, 'switched off': {'SRL_POSE_NATIVE': '0'}, 'broken': {'CC': 'false'},
-                    'missing': {'PATH': str(tmp_path)}, 'nowhere': {'XDG_CACHE_HOME': str(tmp_path / 'file')}}
-    started = {name: one_step(tmp_path / name, tmp_path / 'cache', **more) for name, more in environments.items()}
-    native = {name: process.communicate(timeout=300)[0].strip() for name, process in started.items()}
-    assert native == dict.fromkeys(('first', 'second', 'nowhere'), 'True') | dict.fromkeys(('switched off', 'broken', 'missing'), 'False')
-    assert [path.suffix for path in (tmp_path / 'cache' / 'srl_pose').iterdir()] == ['.so']
-    results = {name: torch.load(tmp_path / name) for name in environments}
-    for name, result in results.items():
-        for ours, first in zip(result, results['first'], strict=True):
-            torch.testing.assert_close(ours, first, rtol=0, atol=0 if native[name] == 'True' else 1e-5 * first.abs().max().item())
-
-
-@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_native_training_step_of_the_usual_size(layout):
-    torch.manual_seed(0)
-    block, x = SpectralBlock(256), torch.randn(2, 256, 64, 48).contiguous(memory_format=layout)
-    if native_block(x, 8) is None:
-        pytest.skip('no C compiler')
-    for p in block.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    results = []
-    for b, t in ((copy.deepcopy(block), x.clone()), (copy.deepcopy(block).double(), x.double())):
-        y = (SpectralBlock if b.alpha.dtype == torch.float32 else TransformBlock).forward(b, t.requires_grad_())
-        y.square().sum().backward()
-        results.append([y, t.grad, *(p.grad for name, p in b.named_parameters() if name != 'conv_layer.bias'), *b.buffers()])
-    for ours, exact in zip(*results, strict=True):
-        assert (ours - exact).abs().max() <= 3e-6 * exact.abs().max()

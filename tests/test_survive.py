@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from srl_pose.checkpoint import read_checkpoint
+from srl_pose.training.checkpoint import read_checkpoint
 from srl_pose.files import project_root
-from srl_pose.survive import Command, kill_one, make_project, run_folder, survive
+from srl_pose.benchmarks.survive import Command, kill_one, make_project, run_folder, survive
 
 slow = pytest.mark.kill  # run by `make survive`, not by `make test`
 
@@ -21,7 +21,7 @@ def weights(project):
 
 @pytest.fixture(scope='module')
 def killed(tmp_path_factory):
-    """The short form of `python -m srl_pose.survive`, and the folder of its projects."""
+    """The short form of `python -m srl_pose.benchmarks.survive`, and the folder of its projects."""
     folder = tmp_path_factory.mktemp('survive') / 'work'
     return survive(folder, {'python': ['rank 0']}, epochs=2), folder
 

@@ -1,0 +1,200 @@
+"""The block in C: how it is built, kept and refused, and that it reads and writes nothing but its own memory."""
+import copy
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from srl_pose.blocks.cpu import native, spectral_native
+from srl_pose.blocks.cpu.native import FLAGS, CompileError, NoCompiler, compiler_command, native_library
+from srl_pose.blocks.cpu.spectral_native import SOURCE, runs_native
+from srl_pose.blocks.spectral import SpectralBlock
+from srl_pose.testing import naive_fft_block, randomize
+
+CC = shutil.which('cc')
+needs_cc = pytest.mark.skipif(CC is None, reason='no C compiler')  # a compiler that refuses the source is no reason
+build_anew = native_library.__wrapped__  # without the memory of this process
+
+
+@needs_cc
+def test_the_source_compiles_without_warnings(tmp_path):
+    assert build_anew(SOURCE, cache=tmp_path, flags=(*FLAGS, '-Wall', '-Wextra', '-Werror')) is not None
+    assert runs_native(torch.zeros(2, 128, 8, 6), 8)
+
+
+@needs_cc
+def test_a_refused_source_is_an_error(tmp_path, monkeypatch):
+    with pytest.raises(CompileError, match='(?s)refuses the C source .*SRL_POSE_NATIVE=0.*error: '):
+        build_anew(SOURCE + '\nvoid half(', cache=tmp_path)
+    with pytest.raises(CompileError, match='unused'):
+        build_anew(SOURCE + '\nstatic int half(void) { return 1; }', cache=tmp_path, flags=(*FLAGS, '-Wall', '-Werror'))
+    monkeypatch.setattr(spectral_native, 'SOURCE', SOURCE + 'no C')
+    with pytest.raises(CompileError):  # not a slow block without a word
+        SpectralBlock(128)(torch.zeros(2, 128, 8, 6))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('compiler', ['no-such-compiler', 'false', 'true', "unbalanced '"])
+def test_no_compiler_is_no_error(compiler, tmp_path, caplog):
+    assert build_anew(SOURCE, compiler, tmp_path) is None
+    assert [r.message for r in caplog.records if 'torch operations are used instead' in r.message] == [r.message for r in caplog.records] != []
+
+
+SANITIZED = """
+import ctypes, sys, torch
+from pathlib import Path
+from srl_pose.blocks.cpu import native_fft, spectral_native
+from srl_pose.blocks.cpu.native import native_library
+flags = '-O0 -g -march=native -std=gnu11 -fPIC -shared -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all'
+library = native_library(spectral_native.SOURCE, cache=Path(sys.argv[1]), flags=tuple(flags.split()))
+spectral_native.block_library = lambda: library
+torch.set_num_threads(2)
+for B, C, H, W in [(3, 16, 9, 6), (2, 32, 7, 13), (2, 64, 1, 10), (1, 16, 11, 1), (2, 16, 14, 31)]:
+    groups = C // 16
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(B, C, H, W).contiguous(memory_format=layout)
+        weight, vector, alpha = torch.randn(2 * C, 32, 1, 1), torch.randn(2 * C), torch.ones(1)
+        out, *kept = spectral_native.native_forward(x, weight, vector, vector, vector, alpha, 1e-5, groups)
+        for needs_x in (True, False): spectral_native.native_backward(x, weight, alpha, *kept, 1e-5, needs_x)
+        inferred = spectral_native.native_inference(x, weight, vector, *kept[-2:], alpha, groups)
+        torch.testing.assert_close(inferred, out, rtol=1e-4, atol=1e-4)
+if sys.argv[2:]:  # does it find anything? z is one number too short
+    short, y = kept[0].flatten()[:-1].clone(), kept[1]
+    native_fft.run_native(library.srl_rows, x, groups, z=short)
+print('nothing found')
+"""
+
+
+@needs_cc
+def test_sanitizers_find_nothing(tmp_path):
+    runtime = subprocess.run([CC, '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip('the compiler has no address sanitizer')
+    environment = {**os.environ, 'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0', 'UBSAN_OPTIONS': 'print_stacktrace=1',
+                   'OMP_NUM_THREADS': '2'}
+    for more in ([], ['too short']):
+        done = subprocess.run([sys.executable, '-c', SANITIZED, tmp_path, *more], capture_output=True, text=True, env=environment, timeout=300)
+        text = done.stdout + done.stderr
+        assert (done.returncode == 0, 'nothing found' in text, 'ERROR: AddressSanitizer' in text) == (not more, not more, bool(more)), text[-3000:]
+        assert 'runtime error' not in text
+
+
+ONE_STEP = """
+import sys, torch
+from srl_pose.blocks.spectral import SpectralBlock
+from srl_pose.blocks.cpu.spectral_native import runs_native
+torch.manual_seed(0)
+block, x = SpectralBlock(128), torch.randn(2, 128, 12, 9, requires_grad=True)
+torch.nn.init.ones_(block.alpha)
+for _ in range(2): y = block(x)
+y.square().sum().backward()
+torch.save([y.detach(), x.grad, block.conv_layer.weight.grad, block.bn.running_var], sys.argv[1])
+print(runs_native(x, 8))
+"""
+
+
+def one_step(out, cache, **environment):
+    """Start a fresh process that saves outputs and gradients and says whether they are native; warnings are errors."""
+    return subprocess.Popen([sys.executable, '-W', 'error', '-c', ONE_STEP, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, 'XDG_CACHE_HOME': str(cache), **environment})
+
+
+@needs_cc
+def test_processes_compile_at_once_and_others_do_without(tmp_path):
+    (tmp_path / 'file').touch()
+    environments = {'first': {}, 'second': {}, 'switched off': {'SRL_POSE_NATIVE': '0'}, 'broken': {'CC': 'false'},
+                    'missing': {'PATH': str(tmp_path)}, 'nowhere': {'XDG_CACHE_HOME': str(tmp_path / 'file')},
+                    'no TMPDIR': {'TMPDIR': str(tmp_path / 'file')}}
+    started = {name: one_step(tmp_path / name, tmp_path / 'cache', **more) for name, more in environments.items()}
+    said = {name: process.communicate(timeout=300) for name, process in started.items()}
+    without = {'switched off', 'broken', 'missing'}
+    assert {name: out.strip() for name, (out, _) in said.items()} == {name: str(name not in without) for name in environments}
+    for name, (_, log) in said.items():  # which form runs is said once, if it is not the fast one by accident
+        assert log.count('torch operations are used instead') == (name in ('broken', 'missing')), (name, log)
+    kept = list((tmp_path / 'cache' / 'srl_pose' / 'native').iterdir())
+    assert [path.suffix for path in kept] == ['.so']
+    results = {name: torch.load(tmp_path / name) for name in environments}
+    for name, result in results.items():
+        for ours, first in zip(result, results['first'], strict=True):
+            torch.testing.assert_close(ours, first, rtol=0, atol=1e-5 * first.abs().max().item() if name in without else 0)
+
+    kept[0].write_bytes(kept[0].read_bytes()[:20_000])  # cut short: mapped into memory, it would kill the process
+    process = one_step(tmp_path / 'again', tmp_path / 'cache')
+    assert process.communicate(timeout=300)[0].strip() == 'True' and process.returncode == 0
+    assert kept[0].stat().st_size > 20_000
+
+
+@needs_cc
+def test_a_folder_in_which_nothing_may_be_executed(tmp_path, monkeypatch, caplog):
+    """Everything is built in the cache; where it cannot be loaded from there, in TMPDIR; without either, torch operations."""
+    number, load, places = 'int number(void) { return 7; }', ctypes.CDLL, []
+
+    def forbidden(path, *more):
+        places.append(Path(path).parent.parent)
+        if any(str(path).startswith(str(folder)) for folder in noexec): raise OSError('failed to map segment from shared object')
+        return load(path, *more)
+
+    monkeypatch.setattr(native.ctypes, 'CDLL', forbidden)
+    cache, temporary = tmp_path / 'cache', tmp_path / 'tmp'
+    temporary.mkdir()
+    monkeypatch.setattr(native.tempfile, 'tempdir', str(temporary))
+    noexec = [temporary]
+    assert build_anew(number, cache=cache).number() == 7 and places == [cache]
+    shutil.rmtree(cache)
+    noexec, places[:] = [cache], []
+    assert build_anew(number, cache=cache).number() == 7 and places == [cache, temporary]
+    noexec = [cache, temporary]
+    assert build_anew(number, cache=cache) is None and 'cannot be loaded' in caplog.text
+    assert not list(cache.iterdir()) and not list(temporary.iterdir())
+
+
+def test_a_compiler_without_a_version_is_none():
+    with pytest.raises(NoCompiler, match='no C compiler'):
+        compiler_command('false')
+
+
+@needs_cc
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_native_training_step_of_the_usual_size(layout):
+    block, x = randomize(SpectralBlock(256), std=0.1), torch.randn(2, 256, 64, 48, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=layout)
+    assert runs_native(x, 8)
+    results = []
+    for b, t, forward in ((copy.deepcopy(block), x.clone(), SpectralBlock.forward), (copy.deepcopy(block).double(), x.double(), naive_fft_block)):
+        y = forward(b, t.requires_grad_())
+        y.square().sum().backward()
+        results.append([y, t.grad, *(p.grad for name, p in b.named_parameters() if name != 'conv_layer.bias'), *b.buffers()])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() <= 3e-6 * exact.abs().max()
+
+
+@needs_cc
+@pytest.mark.parametrize('training', [True, False])
+def test_a_compiled_block_is_the_operator(training):
+    """`torch.compile` takes the operators as they are: the same numbers, also for another batch."""
+    block = randomize(SpectralBlock(128)).train(training)
+    compiled = torch.compile(block, backend='aot_eager', fullgraph=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, 128, 9, 6, generator=torch.Generator().manual_seed(batch), requires_grad=training)
+        state, results = copy.deepcopy(block.state_dict()), []
+        for forward in (compiled, block):
+            block.load_state_dict(state)
+            with torch.set_grad_enabled(training):
+                y = forward(x)
+            gradients = torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) if training else []
+            results.append([y, *gradients, *(t.clone() for t in block.buffers())])
+        for ours, eager in zip(*results, strict=True):
+            assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_an_exported_block_needs_no_operator_of_ours(strict):
+    block, x = randomize(SpectralBlock(128)).eval(), torch.randn(2, 128, 9, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program = torch.export.export(block, (x,), strict=strict)
+        torch.testing.assert_close(program.module()(x), block(x), rtol=1e-4, atol=1e-4)
+    assert 'spectral_inference' not in str(program.graph_module.print_readable(print_output=False))
