@@ -12,6 +12,7 @@
 #   make setup                only set up
 #   make lab                  JupyterLab on the notebooks
 #   make survive              kill, interrupt and break training runs in all ways (minutes; make test does it in one)
+#   make gpu                  all that has to be known about a GPU, in nine minutes, into results/gpu/; GPU='--wheels FOLDER --data FOLDER' (needs no make setup)
 #   make render               run the notebooks whose code changed, and keep their figures
 #   make chapters             each chapter's list of notebooks, from their titles
 #   make site                 the documentation site, into outputs/site/html/ (check it: make site-check)
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 
-.PHONY: table measure pages test survive setup lab coco lspet sample publish readme chapters render site site-check
+.PHONY: table measure pages test survive gpu setup lab coco lspet sample publish readme chapters render site site-check
 
 # outputs/SET/RECIPE of params.yaml
 HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
@@ -51,6 +52,9 @@ pages: setup
 test: setup
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 python -m pytest -n 2 tests
+
+gpu:
+	bash scripts/gpu.sh $(GPU)
 
 survive: setup
 	OMP_NUM_THREADS=1 python -m pytest -m kill tests/test_survive.py

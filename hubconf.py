@@ -5,7 +5,9 @@ from srl_pose import PoseResNet as pose_resnet, SpectralBlock as spectral_block 
 
 
 def predictor(weights, **options):
-    """A trained network, ready for `srl_pose.predict_images`; see `srl_pose.Predictor.load`."""
+    """A trained network, ready for `srl_pose.predict_images`; see `srl_pose.Predictor.load`.
+
+    Its options also say what a checkpoint of the original does not: strides, dilate, caffe, edges, norm, color_order."""
     from srl_pose import Predictor
 
     return Predictor.load(weights, **options)

@@ -13,7 +13,7 @@ MARK = '<!-- made by scripts/chapters.py from the notebooks -->'
 
 def chapters() -> list[Path]:
     "Folders of nbs/ in reading order, and nbs/ itself for what all share."
-    return [*sorted(p for p in NBS.iterdir() if re.match(r'\d_', p.name)), NBS]
+    return [*sorted((p for p in NBS.iterdir() if re.match(r'\d+_', p.name)), key=lambda p: int(p.name.partition('_')[0])), NBS]
 
 
 def notebooks(chapter: Path) -> list[Path]:

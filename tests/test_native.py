@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from srl_pose.blocks.base import TransformBlock
 from srl_pose.blocks.cpu import native, spectral_native
+from srl_pose.blocks.cpu.matrix_native import MATRIX_SOURCE, matrix_runs_native
 from srl_pose.blocks.cpu.native import FLAGS, CompileError, NoCompiler, compiler_command, native_library
 from srl_pose.blocks.cpu.spectral_native import SOURCE, runs_native
 from srl_pose.blocks.spectral import SpectralBlock
+from srl_pose.blocks.transforms import CosineBlock, OrthogonalBlock
 from srl_pose.testing import naive_fft_block, randomize
 
 CC = shutil.which('cc')
@@ -21,9 +24,10 @@ build_anew = native_library.__wrapped__  # without the memory of this process
 
 
 @needs_cc
-def test_the_source_compiles_without_warnings(tmp_path):
-    assert build_anew(SOURCE, cache=tmp_path, flags=(*FLAGS, '-Wall', '-Wextra', '-Werror')) is not None
-    assert runs_native(torch.zeros(2, 128, 8, 6), 8)
+@pytest.mark.parametrize('source', [SOURCE, MATRIX_SOURCE], ids=['spectral', 'matrix'])
+def test_the_source_compiles_without_warnings(source, tmp_path):
+    assert build_anew(source, cache=tmp_path, flags=(*FLAGS, '-Wall', '-Wextra', '-Werror')) is not None
+    assert runs_native(torch.zeros(2, 128, 8, 6), 8) and matrix_runs_native(torch.zeros(2, 32, 8, 6), 2)
 
 
 @needs_cc
@@ -58,11 +62,31 @@ for B, C, H, W in [(3, 16, 9, 6), (2, 32, 7, 13), (2, 64, 1, 10), (1, 16, 11, 1)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(B, C, H, W).contiguous(memory_format=layout)
         weight, vector, alpha = torch.randn(2 * C, 32, 1, 1), torch.randn(2 * C), torch.ones(1)
-        out, *kept = spectral_native.native_forward(x, weight, vector, vector, vector, alpha, 1e-5, groups)
-        for needs_x in (True, False): spectral_native.native_backward(x, weight, alpha, *kept, 1e-5, needs_x)
-        inferred = spectral_native.native_inference(x, weight, vector, *kept[-2:], alpha, groups)
-        torch.testing.assert_close(inferred, out, rtol=1e-4, atol=1e-4)
-if sys.argv[2:]:  # does it find anything? z is one number too short
+        for edges in ('upper', 'average'):
+            out, *kept = spectral_native.native_forward(x, weight, vector, vector, vector, alpha, 1e-5, groups, edges)
+            for needs_x in (True, False): spectral_native.native_backward(x, weight, alpha, *kept, 1e-5, needs_x, edges)
+            inferred = spectral_native.native_inference(x, weight, vector, *kept[-2:], alpha, groups, edges)
+            torch.testing.assert_close(inferred, out, rtol=1e-4, atol=1e-4)
+from srl_pose.blocks.cpu import matrix_native
+of_matrices = native_library(matrix_native.MATRIX_SOURCE, cache=Path(sys.argv[1]), flags=tuple(flags.split()))
+matrix_native.matrix_library = lambda: of_matrices
+for B, C, H, W in [(3, 32, 9, 6), (2, 64, 1, 10), (1, 32, 37, 1), (2, 32, 28, 31), (2, 32, 27, 31)]:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        m = torch.randn(B, C, H, W).contiguous(memory_format=layout)
+        weight, vector, one = torch.randn(C, C // 2, 1, 1), torch.randn(C), torch.ones(1)
+        for folds in ([0, 0], [matrix_native.folds_of(H), matrix_native.folds_of(W)]):
+            matrices = [matrix_native.folded(torch.randn(n, n), f) / n for n, f in zip((H, W), folds)]
+            out, *rest = matrix_native.matrix_forward(m, weight, vector, vector, vector, one, *matrices, folds, 1e-5, 2)
+            for needs in ((True, True), (True, False), (False, True), (False, False)):
+                matrix_native.matrix_backward(m, weight, one, *matrices, folds, *rest, 1e-5, *needs)
+            inferred = matrix_native.matrix_inference(m, weight, vector, *rest[-2:], one, *matrices, folds, 2)
+            torch.testing.assert_close(inferred, out, rtol=1e-4, atol=1e-4)
+if sys.argv[2:] == ['matrix']:  # does it find anything? y is one number too short, and an odd height has no padding
+    y = torch.empty(rest[1].numel() - 1)
+    matrix_native.run_native(of_matrices.srl_matrix_forward, m, 2, bias=vector, gamma=vector, beta=vector, alpha=one, eps=1e-5,
+                             partial=torch.empty(2 * 31, 2, 32), out=torch.empty_like(m), z=rest[0], y=y, mean=rest[2], var=rest[3], slope=rest[4],
+                             shift=rest[5], **matrix_native._fields(m, 2, weight.reshape(2, 16, 16), *matrices, folds))
+elif sys.argv[2:]:  # z is one number too short
     short, y = kept[0].flatten()[:-1].clone(), kept[1]
     native_fft.run_native(library.srl_rows, x, groups, z=short)
 print('nothing found')
@@ -76,7 +100,7 @@ def test_sanitizers_find_nothing(tmp_path):
         pytest.skip('the compiler has no address sanitizer')
     environment = {**os.environ, 'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0', 'UBSAN_OPTIONS': 'print_stacktrace=1',
                    'OMP_NUM_THREADS': '2'}
-    for more in ([], ['too short']):
+    for more in ([], ['spectral'], ['matrix']):
         done = subprocess.run([sys.executable, '-c', SANITIZED, tmp_path, *more], capture_output=True, text=True, env=environment, timeout=300)
         text = done.stdout + done.stderr
         assert (done.returncode == 0, 'nothing found' in text, 'ERROR: AddressSanitizer' in text) == (not more, not more, bool(more)), text[-3000:]
@@ -157,10 +181,15 @@ def test_a_compiler_without_a_version_is_none():
         compiler_command('false')
 
 
+OPTIONS = [{}, dict(edges='upper', norm='ortho')]
+IDS = ['released', 'upper, ortho']
+
+
 @needs_cc
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-def test_native_training_step_of_the_usual_size(layout):
-    block, x = randomize(SpectralBlock(256), std=0.1), torch.randn(2, 256, 64, 48, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize('options', OPTIONS, ids=IDS)
+def test_native_training_step_of_the_usual_size(layout, options):
+    block, x = randomize(SpectralBlock(256, **options), std=0.1), torch.randn(2, 256, 64, 48, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=layout)
     assert runs_native(x, 8)
     results = []
@@ -174,9 +203,10 @@ def test_native_training_step_of_the_usual_size(layout):
 
 @needs_cc
 @pytest.mark.parametrize('training', [True, False])
-def test_a_compiled_block_is_the_operator(training):
+@pytest.mark.parametrize('options', OPTIONS, ids=IDS)
+def test_a_compiled_block_is_the_operator(training, options):
     """`torch.compile` takes the operators as they are: the same numbers, also for another batch."""
-    block = randomize(SpectralBlock(128)).train(training)
+    block = randomize(SpectralBlock(128, **options)).train(training)
     compiled = torch.compile(block, backend='aot_eager', fullgraph=True)
     for batch in (2, 3):
         x = torch.randn(batch, 128, 9, 6, generator=torch.Generator().manual_seed(batch), requires_grad=training)
@@ -192,9 +222,96 @@ def test_a_compiled_block_is_the_operator(training):
 
 
 @pytest.mark.parametrize('strict', [True, False])
-def test_an_exported_block_needs_no_operator_of_ours(strict):
-    block, x = randomize(SpectralBlock(128)).eval(), torch.randn(2, 128, 9, 6, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize('options', OPTIONS, ids=IDS)
+def test_an_exported_block_needs_no_operator_of_ours(strict, options):
+    block, x = randomize(SpectralBlock(128, **options)).eval(), torch.randn(2, 128, 9, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         program = torch.export.export(block, (x,), strict=strict)
         torch.testing.assert_close(program.module()(x), block(x), rtol=1e-4, atol=1e-4)
     assert 'spectral_inference' not in str(program.graph_module.print_readable(print_output=False))
+
+
+FAMILY = {'lo': (OrthogonalBlock, {}), 'lo, alpha': (OrthogonalBlock, {'alpha': True}), 'dct': (CosineBlock, {})}
+
+
+def member(name, channels, size, std):
+    """A block that is no identity, with matrices that are orthogonal."""
+    torch.manual_seed(0)
+    kind, more = FAMILY[name]
+    block = kind(channels, size=size, **more)
+    for n, p in block.named_parameters():
+        if 'source' not in n: torch.nn.init.normal_(p, std=std)
+    return block
+
+
+@needs_cc
+@pytest.mark.parametrize('name', FAMILY)
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_native_training_step_of_the_family(name, layout):
+    """The usual size and number of channels; two steps, so that matrices have moved."""
+    block, x = member(name, 256, (64, 48), 0.1), torch.randn(2, 256, 64, 48, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=layout)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-4)
+    block(x).square().mean().backward()
+    optimizer.step()
+    block.zero_grad()
+    results = []
+    for b, t, forward in ((copy.deepcopy(block), x.clone(), type(block).forward), (copy.deepcopy(block), x.clone(), TransformBlock.forward),
+                          (copy.deepcopy(block).double(), x.double(), TransformBlock.forward)):
+        y = forward(b, t.requires_grad_())
+        assert ('MatrixTraining' in type(y.grad_fn).__name__) == (not results)
+        y.square().sum().backward()
+        results.append({'y': y, 'x': t.grad, **{n: p.grad for n, p in b.named_parameters() if n != 'conv_layer.bias'}, **dict(b.named_buffers())})
+    native, plain, exact = results
+    for key, wanted in exact.items():  # one ReLU that rounding switches is a jump of the gradient, in both; of a matrix's gradient a small part is left
+        errors = [(result[key] - wanted).abs().max().item() for result in (native, plain)]
+        assert errors[0] <= max(1.1 * errors[1], (1.5e-5 if 'source' in key else 3e-6) * wanted.abs().max().item()), (key, errors)
+    block.eval()
+    with torch.no_grad():  # two images, one after the other
+        wanted = TransformBlock.forward(copy.deepcopy(block).double(), x.double())
+        assert (block(x) - wanted).abs().max() <= 3e-6 * wanted.abs().max()
+
+
+@needs_cc
+@pytest.mark.parametrize('name', FAMILY)
+def test_the_number_of_threads_changes_no_bit(name):
+    """With more than eight of them the groups go through together."""
+    block, x = member(name, 64, (12, 9), 0.3), torch.randn(5, 64, 12, 9, generator=torch.Generator().manual_seed(0))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 9):
+        torch.set_num_threads(threads)
+        twin, t = copy.deepcopy(block), x.clone().requires_grad_()
+        y = twin(t)
+        y.square().sum().backward()
+        with torch.no_grad(): inferred = twin.eval()(x)
+        results.append([y, t.grad, inferred, *(p.grad for p in twin.parameters()), *twin.buffers()])
+    torch.set_num_threads(before)
+    for one, two, nine in zip(*results, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, nine)
+
+
+@needs_cc
+@pytest.mark.parametrize('name', FAMILY)
+@pytest.mark.parametrize('training', [True, False])
+def test_a_compiled_member_is_the_operator(name, training):
+    block = member(name, 32, (9, 6), 0.3).train(training)
+    compiled = torch.compile(block, backend='aot_eager', fullgraph=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, 32, 9, 6, generator=torch.Generator().manual_seed(batch), requires_grad=training)
+        state, results = copy.deepcopy(block.state_dict()), []
+        for forward in (compiled, block):
+            block.load_state_dict(state)
+            with torch.set_grad_enabled(training): y = forward(x)
+            gradients = torch.autograd.grad(y.square().sum(), [x, *block.parameters()]) if training else []
+            results.append([y, *gradients, *(t.clone() for t in block.buffers())])
+        for ours, eager in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', FAMILY)
+def test_an_exported_member_needs_no_operator_of_ours(name):
+    block, x = member(name, 32, (9, 6), 0.3).eval(), torch.randn(2, 32, 9, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program = torch.export.export(block, (x,), strict=False)
+        torch.testing.assert_close(program.module()(x), block(x), rtol=1e-4, atol=1e-4)
+    assert 'matrix_inference' not in str(program.graph_module.print_readable(print_output=False))

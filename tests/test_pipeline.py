@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
 MODULES = sorted('.'.join(p.relative_to(ROOT / 'srl_pose').with_suffix('').parts).removesuffix('.__init__')
                  for p in (ROOT / 'srl_pose').rglob('*.py') if p.stem != '_modidx' and p.parent / p.stem != ROOT / 'srl_pose' / '__init__')
-# from the ground up; modules right in srl_pose are the ground, and the appendix stands on the blocks that it makes faster
-FLOORS = ['', 'blocks', 'blocks.cpu', 'pose', 'data', 'experiment', 'evaluation', 'training', 'results', 'use', 'sample', 'benchmarks']
+# from the ground up; modules right in srl_pose are the ground, and the appendices stand on the blocks that they make faster
+FLOORS = ['', 'blocks', 'blocks.cpu', 'blocks.gpu', 'pose', 'data', 'experiment', 'evaluation', 'training', 'results', 'use', 'sample', 'benchmarks']
 
 
-PLUG = {'blocks': {'blocks.cpu', 'blocks.cpu.fast'}}  # the one arrow upwards: the package of the blocks plugs the appendix in (nbs/9_cpu/05_plug_in.ipynb)
+PLUG = {'blocks': {'blocks.cpu', 'blocks.cpu.fast', 'blocks.cpu.matrix_native', 'blocks.gpu', 'blocks.gpu.fast'}}  # the one arrow upwards: the package of the blocks plugs the appendices in (nbs/9_cpu/06_plug_in.ipynb)
 
 
 def floor_of(module):
@@ -35,14 +35,14 @@ def test_a_floor_stands_only_on_floors_below_it(module):
 
 
 def test_notebooks_stand_in_the_order_of_the_floors():
-    """A notebook's chapter is its module's package, and chapters follow the floors, the appendix apart."""
+    """A notebook's chapter is its module's package, and chapters follow the floors, the appendices apart."""
     chapters = {}
     for path in sorted((ROOT / 'nbs').glob('[1-8]_*/*.ipynb')):
         first = next(line for line in path.read_text().splitlines() if '"source"' not in line and '#|' in line or '"# ' in line)
         if '#| default_exp' in first: chapters.setdefault(path.parent.name, []).append(first.split()[-1].strip('",').rpartition('.')[0])
     assert [FLOORS.index(package) for packages in chapters.values() for package in packages] == sorted(
         FLOORS.index(package) for packages in chapters.values() for package in packages)
-    assert set(FLOORS) == {package for packages in chapters.values() for package in packages} | {'', 'blocks.cpu'}
+    assert set(FLOORS) == {package for packages in chapters.values() for package in packages} | {'', 'blocks.cpu', 'blocks.gpu'}
 
 
 @pytest.mark.parametrize('stage,modules,aside', [

@@ -65,6 +65,24 @@ def test_backbones_that_keep_their_resolution(block, variant):
     check_step(model, x)
 
 
+@pytest.mark.parametrize('strides, deconvs', [((2, 1), None), ((1, 2), None), ((2, 2), 2), ((2, 1), 3), ((1, 1), 3)], ids=str)
+@pytest.mark.parametrize('block', BLOCKS)
+def test_strides_apart_from_deconvolutions(block, strides, deconvs):
+    torch.manual_seed(0)
+    variant = dict(strides=strides, deconvs=deconvs, num_keypoints=3)
+    model = PoseResNet('resnet18', block=block, block_after=['layer3', 'layer4', 'deconv1', 'deconv2'], block_options=OPTIONS.get(block),
+                       input_size=SIZE, **variant)
+    without = PoseResNet('resnet18', **variant).eval()
+    copy_all_but_blocks(without, model)
+    x = torch.randn(2, 3, SIZE[1], SIZE[0])
+    with torch.no_grad():
+        y = model.eval()(x)
+        assert y.shape == (2, 3, SIZE[1] // model.stride, SIZE[0] // model.stride)
+        assert model.stride == (4 if deconvs is None else 8 * strides[0] * strides[1] // 2 ** deconvs)
+        assert torch.equal(y, without(x))
+    check_step(model, x)
+
+
 def test_lo_as_released_is_no_identity(plain):
     model = PoseResNet('resnet18', block='lo', input_size=SIZE).eval()
     copy_all_but_blocks(plain, model)
@@ -115,6 +133,14 @@ def test_caffe_style_takes_the_stride_first():
     (dict(block='dct', block_options={'spectral_relu': True}), 'input_size=None: .*needs'),
     (dict(block='lo', input_size=(64, 70)), 'two positive multiples of 32'),
     (dict(dilate=True), 'needs downsample=False'),
+    (dict(dilate=True, strides=(2, 2)), 'or strides with a 1'),
+    (dict(strides=(1, 2), downsample=False), 'say one of them'),
+    (dict(strides=(2, 3)), 'each 1 or 2, such as'),
+    (dict(deconvs=4), 'deconvs=4 must be 1, 2 or 3'),
+    (dict(block='fft', block_after=['deconv2'], strides=(2, 2), deconvs=1), 'has only 1 transposed convolutions'),
+    (dict(block='fft', block_options={'edges': 'lower'}), "edges='lower' is unknown: choose from average, upper, pytorch1"),
+    (dict(block='fft', block_options={'norm': 1}), 'norm of fft is 1, must be a word'),
+    (dict(block='fft', block_options={'groups': '8'}), "groups of fft is '8', must be a whole number"),
     (dict(caffe=True), 'only resnet50, resnet101 and resnet152'),
     (dict(weights='/no/such/file.pth'), "weights='/no/such/file.pth' is neither")])
 def test_impossible_configurations(arguments, message):

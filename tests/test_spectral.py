@@ -11,16 +11,18 @@ from srl_pose.blocks.cpu.fast import group_slices
 from srl_pose.blocks.transforms import CosineBlock, OrthogonalBlock
 from srl_pose.testing import naive_fft_block, randomize
 
-FAMILY = {'fft': (SpectralBlock, {}), 'lo': (OrthogonalBlock, {'alpha': True}), 'dct': (CosineBlock, {})}
+FAMILY = {'fft': (SpectralBlock, {}), 'fft, upper': (SpectralBlock, {'edges': 'upper'}), 'fft, pytorch1': (SpectralBlock, {'edges': 'pytorch1'}),
+          'fft, ortho': (SpectralBlock, {'norm': 'ortho'}), 'lo': (OrthogonalBlock, {'alpha': True}), 'dct': (CosineBlock, {})}
 FORMS = [{}, {'spectral_relu': True}, {'bottleneck': True}, {'bottleneck': True, 'spectral_relu': True}]
 
 
 @pytest.mark.parametrize('size', [(16, 12), (7, 9), (8, 5), (1, 6), (5, 1), (64, 48)])
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('fast', [False, True])
-def test_output_and_gradients_match_composition(size, channels_last, fast):
+@pytest.mark.parametrize('edges, norm', [('average', 'backward'), ('upper', 'ortho'), ('pytorch1', 'backward')])
+def test_output_and_gradients_match_composition(size, channels_last, fast, edges, norm):
     torch.manual_seed(0)
-    block = SpectralBlock(16).double()
+    block = SpectralBlock(16, edges=edges, norm=norm).double()
     block.fast = fast
     for p in block.parameters():
         torch.nn.init.normal_(p)
@@ -124,9 +126,9 @@ def test_only_the_released_form_is_offered_to_a_fast_form(form, complex, monkeyp
     torch.manual_seed(0)
     block, x = randomize(SpectralBlock(32, size=(9, 6), **form).double()), torch.randn(2, 32, 9, 6, dtype=torch.float64)
     block.complex, layers = complex, []
-    monkeypatch.setitem(SpectralBlock.fast_forms, 'cpu', lambda x, *given: layers.append(given))
+    monkeypatch.setitem(SpectralBlock.fast_forms, 'cpu', lambda x, *given, **options: layers.append((*given, options)))
     assert torch.allclose(block(x), TransformBlock.forward(block, x), rtol=1e-12, atol=1e-12)
-    assert layers == ([(block.alpha, block.conv_layer, block.bn, block.relu)] if complex and 'bottleneck' not in form else [])
+    assert layers == ([(block.alpha, block.conv_layer, block.bn, block.relu, dict(edges='average', norm='backward'))] if complex and 'bottleneck' not in form else [])
 
 
 @pytest.mark.parametrize('name', FAMILY)
@@ -180,6 +182,8 @@ def test_original_orthogonal_checkpoint(prefix):
 @pytest.mark.parametrize('build, message', [
     (lambda: OrthogonalBlock(8), 'size=None'), (lambda: CosineBlock(8, spectral_relu=True), 'size=None'),
     (lambda: SpectralBlock(8, spectral_relu=True), 'size=None'), (lambda: CosineBlock(7), 'not a positive multiple of 2'),
+    (lambda: SpectralBlock(8, edges='lower'), "edges='lower' is unknown: choose from average, upper, pytorch1"),
+    (lambda: SpectralBlock(8, norm='forward'), "norm='forward' is unknown: choose from backward, ortho"),
     (lambda: SpectralBlock(8, bottleneck=True), 'multiple of 32: with groups=8, each group of the bottleneck'),
     (lambda: OrthogonalBlock(8, size=(4, 5))(torch.zeros(1, 8, 5, 4)), 'x is 5x4 .*built for 4x5 only'),
     (lambda: CosineBlock(8)(torch.zeros(1, 8, 5, 4).long()), 'torch.int64'),

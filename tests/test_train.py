@@ -73,7 +73,7 @@ def test_processes_and_parts_do_not_change_the_losses(experiment, tmp_path):
 
 def test_two_processes_with_sync_batchnorm_are_one_process(experiment, tmp_path):
     """Statistics over all processes: losses agree to 0.2 % in the first and 1 % in the second epoch, for Adam magnifies rounding."""
-    recipe = dict(epochs=2, learning_rate=1e-4)
+    recipe = dict(epochs=2, learning_rate=1e-4, block_rate_factor=2., alpha_rate_factor=5.)
     train(experiment(train=recipe), tmp_path / 'one')
     train(experiment(train=recipe | dict(sync_batchnorm=True), machine=dict(processes=2)), tmp_path / 'sync')
     one, sync = losses(tmp_path / 'one'), losses(tmp_path / 'sync')
@@ -82,6 +82,8 @@ def test_two_processes_with_sync_batchnorm_are_one_process(experiment, tmp_path)
     for key in ('val_loss', 'val_accuracy'):
         a, b = (read_curves(tmp_path / name / 'curves')[key] for name in ('one', 'sync'))
         assert a == pytest.approx(b, rel=0.05, abs=0.02)
+    alphas = [weights(tmp_path / name)['deconv_layers.3.alpha'].item() for name in ('one', 'sync')]
+    assert alphas[1] == pytest.approx(alphas[0], rel=0.05) and abs(alphas[0]) > 1e-3  # six steps at the network's own rate come to about 6e-4
 
 
 def test_same_seed_same_weights(experiment, tmp_path):
@@ -111,6 +113,7 @@ def through(tmp_path_factory):
     dict(fused_adam=True), dict(precision='bf16'), dict(precision='fp16'), dict(gradient_clip=1e-4), dict(ema_decay=0.5),
     dict(freeze=['stem', 'layer1']), dict(schedule='cosine'), dict(warmup_epochs=1), dict(seed=1),
     dict(learning_rate=1e-4), dict(batch_size=7), dict(epochs=2),
+    dict(block_rate_factor=10.), dict(alpha_rate_factor=30.),
 ], ids=lambda o: next(iter(o)) + '-' + str(next(iter(o.values()))))
 def test_every_option_changes_the_run(experiment, tmp_path, plain, option):
     if not plain:
@@ -136,7 +139,7 @@ def test_validation_has_its_cadence_and_ap_chooses_the_best(experiment, tmp_path
     train(experiment(train=dict(epochs=3, validate_every=2, validate_ap=True)), tmp_path)
     curves = read_curves(tmp_path / 'curves')
     assert {name: list(values) for name, values in curves.items()} == {
-        'learning_rate': [1, 2, 3], 'train_loss': [1, 2, 3], 'val_loss': [2, 3], 'val_accuracy': [2, 3], 'val_ap': [2, 3]}
+        'alpha_deconv_layers.3': [1, 2, 3], 'learning_rate': [1, 2, 3], 'train_loss': [1, 2, 3], 'val_loss': [2, 3], 'val_accuracy': [2, 3], 'val_ap': [2, 3]}
     assert json.loads((tmp_path / 'train.json').read_text())['best'] == max(curves['val_ap'].values())
     assert load_checkpoint(tmp_path / 'best.pt')[1] == load_checkpoint(tmp_path / 'model.pt')[1]
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECTRAL', 'CONTENDERS', 'SIZES', 'LAYOUTS', 'DTYPES', 'LAYOUT', 'STEPS', 'TorchSpectralBlock', 'NaiveSpectralBlock',
-           'MatrixNonLocalBlock', 'TransformPair', 'forget_gradients', 'one_pass', 'trial', 'peak_memory',
-           'saved_memory', 'benchmark_blocks', 'network_with', 'training_step', 'benchmark_steps', 'plot_blocks',
-           'write_csv', 'write_benchmark', 'read_sizes', 'parse_args', 'main', 'read_csv']
+           'MatrixNonLocalBlock', 'TransformPair', 'of_family', 'of_channels', 'forget_gradients', 'one_pass', 'trial',
+           'peak_memory', 'saved_memory', 'benchmark_blocks', 'network_with', 'training_step', 'benchmark_steps',
+           'plot_blocks', 'write_csv', 'write_benchmark', 'read_sizes', 'parse_args', 'main', 'read_csv']
 
 # %% ../../nbs/8_benchmarks/01_blocks.ipynb #10dc7aee
 import argparse
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ..blocks.attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAttentionBlock, NonLocalBlock
 from ..blocks.cpu.spectral_native import without_native
 from ..blocks.spectral import SpectralBlock
+from ..blocks.transforms import CosineBlock, OrthogonalBlock
 from ..files import whole_file, write_json
 from ..pose.heatmap import heatmap_loss, read_size
 from ..pose.pose_net import PoseResNet
@@ -74,15 +75,33 @@ class TransformPair(nn.Module):
         return torch.fft.irfft2(torch.fft.rfft2(x.float()), s=x.shape[-2:]).to(x.dtype)
 
 
-CONTENDERS: dict[str, Callable[[int], nn.Module]] = {
-    **SPECTRAL,
-    'rfft2 + irfft2': TransformPair,
-    'nl': NonLocalBlock,
-    'nl, matrix': MatrixNonLocalBlock,
-    'cgnl': CompactNonLocalBlock,
-    'a2': DoubleAttentionBlock,
-    'cc': CrissCrossBlock,
-    'conv 3×3': lambda channels: nn.Conv2d(channels, channels, 3, padding=1),
+def of_family(kind: type[nn.Module], fast: bool, **more) -> Callable[..., nn.Module]:
+    "Makes blocks that may use their fast form, or may not."
+    def make(channels: int, size: tuple[int, int]) -> nn.Module:
+        block = kind(channels, size=size, **more)
+        block.fast = fast
+        return block
+    return make
+
+def of_channels(make: Callable[[int], nn.Module]) -> Callable[..., nn.Module]:
+    "The same for whom any size will do."
+    return lambda channels, size: make(channels)
+
+CONTENDERS: dict[str, Callable[[int, tuple[int, int]], nn.Module]] = {
+    **{name: of_channels(kind) for name, kind in SPECTRAL.items()},
+    'fft, upper': of_channels(partial(SpectralBlock, edges='upper')),
+    'fft, ortho': of_channels(partial(SpectralBlock, norm='ortho')),
+    'lo': of_family(OrthogonalBlock, True),
+    'lo, plain': of_family(OrthogonalBlock, False),
+    'dct': of_family(CosineBlock, True),
+    'dct, plain': of_family(CosineBlock, False),
+    'rfft2 + irfft2': of_channels(TransformPair),
+    'nl': of_channels(NonLocalBlock),
+    'nl, matrix': of_channels(MatrixNonLocalBlock),
+    'cgnl': of_channels(CompactNonLocalBlock),
+    'a2': of_channels(DoubleAttentionBlock),
+    'cc': of_channels(CrissCrossBlock),
+    'conv 3×3': of_channels(lambda channels: nn.Conv2d(channels, channels, 3, padding=1)),
 }
 
 # %% ../../nbs/8_benchmarks/01_blocks.ipynb #09647331
@@ -176,7 +195,7 @@ def benchmark_blocks(
     settings = [(s, layout, dtype) for s in sizes for layout in layouts for dtype in dtypes]
     for (h, w), layout, dtype in tqdm(settings, desc='blocks', disable=not sys.stderr.isatty()):
         x = torch.randn(batch, channels, h, w, device=device).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
-        blocks = {n: CONTENDERS[n](channels).to(device, memory_format=LAYOUTS[layout]) for n in names}
+        blocks = {n: CONTENDERS[n](channels, (h, w)).to(device, memory_format=LAYOUTS[layout]) for n in names}
         memory = {n: (peak_memory(b, x, DTYPES[dtype]), saved_memory(b, x, DTYPES[dtype])) for n, b in blocks.items()}
         for backward in (False, True):
             seconds = take_turns({n: partial(trial, b, x, backward, DTYPES[dtype]) for n, b in blocks.items()}, rounds, budget)

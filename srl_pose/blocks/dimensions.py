@@ -9,8 +9,9 @@ __all__ = ['SpectralBlock1d', 'SpectralBlock3d']
 import torch
 from torch import Tensor, nn
 
-from .base import TransformBlock, check_multiple
-from .spectral import channels_to_spectrum, inverse_rfft2, spectrum_to_channels, start_as_identity
+from .base import TransformBlock, check_choice, check_multiple
+from .spectral import (EDGES, NORMS, channels_to_spectrum, inverse_rfft2, spectrum_to_channels,
+                                      start_as_identity, weigh_edges)
 
 # %% ../../nbs/1_blocks/04_dimensions.ipynb #135bf34a
 class SpectralBlock1d(TransformBlock):
@@ -23,17 +24,19 @@ class SpectralBlock1d(TransformBlock):
         channels: int,  # C, a multiple of groups
         *,
         groups: int = 8,  # of the convolution over the 2C real channels
+        norm: str = 'backward',  # of the transforms, one of `NORMS`, as in `SpectralBlock`
     ):
         check_multiple(channels, groups, f'with groups={groups}, each group must hold whole channels')
+        check_choice('norm', norm, NORMS)
         super().__init__(channels)
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.norm, self.alpha = norm, nn.Parameter(torch.zeros(1))
         self.conv_layer = start_as_identity(nn.Conv1d(2 * channels, 2 * channels, 1, groups=groups))
         self.bn = nn.BatchNorm1d(2 * channels)
 
     def residual(self, x: Tensor) -> Tensor:
-        z = spectrum_to_channels(torch.fft.rfft(x))  # (B, 2C, T//2+1)
+        z = spectrum_to_channels(torch.fft.rfft(x, norm=self.norm))  # (B, 2C, T//2+1)
         z = torch.relu(self.bn(self.conv_layer(z)))
-        return torch.fft.irfft(channels_to_spectrum(z), n=x.shape[-1])
+        return torch.fft.irfft(channels_to_spectrum(z), n=x.shape[-1], norm=self.norm)
 
 # %% ../../nbs/1_blocks/04_dimensions.ipynb #89e31c67
 class SpectralBlock3d(TransformBlock):
@@ -47,17 +50,21 @@ class SpectralBlock3d(TransformBlock):
         *,
         time_kernel: int = 3,  # frames that the convolution sees; odd
         groups: int = 8,  # of the convolution over the 2C real channels
+        edges: str = 'average',  # which inverse, one of `EDGES`, as in `SpectralBlock`
+        norm: str = 'backward',  # of the transforms, one of `NORMS`, as in `SpectralBlock`
     ):
         if time_kernel < 1 or time_kernel % 2 == 0:
             raise ValueError(f'time_kernel={time_kernel} must be odd and positive, so that it has a middle')
         check_multiple(channels, groups, f'with groups={groups}, each group must hold whole channels')
+        check_choice('edges', edges, EDGES)
+        check_choice('norm', norm, NORMS)
         super().__init__(channels)
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.edges, self.norm, self.alpha = edges, norm, nn.Parameter(torch.zeros(1))
         self.conv_layer = start_as_identity(nn.Conv3d(
             2 * channels, 2 * channels, (time_kernel, 1, 1), padding=(time_kernel // 2, 0, 0), groups=groups))
         self.bn = nn.BatchNorm3d(2 * channels)
 
     def residual(self, x: Tensor) -> Tensor:
-        z = spectrum_to_channels(torch.fft.rfft2(x))  # (B, 2C, T, H, W//2+1)
-        z = torch.relu(self.bn(self.conv_layer(z)))
-        return inverse_rfft2(channels_to_spectrum(z), x.shape[-2:])
+        z = spectrum_to_channels(torch.fft.rfft2(x, norm=self.norm))  # (B, 2C, T, H, W//2+1)
+        z = weigh_edges(torch.relu(self.bn(self.conv_layer(z))), x.shape[-2:], self.edges)
+        return inverse_rfft2(channels_to_spectrum(z), x.shape[-2:], self.norm)

@@ -22,10 +22,12 @@ def cosines_and_sines(
 # %% ../../nbs/1_blocks/07_real_fft.ipynb #b68380e6
 def real_rfft2(
     x: Tensor,  # (B, C, H, W)
+    norm: str = 'backward',  # or ortho, as in `torch.fft`
 ) -> Tensor:  # (B, 2C, H, W//2+1)
     "`spectrum_to_channels(rfft2(x))` without complex numbers."
     H, W = x.shape[-2:]
-    (cos_h, sin_h), (cos_w, sin_w) = cosines_and_sines(H, x), (m[:, :W // 2 + 1] for m in cosines_and_sines(W, x))
+    scale = (H * W) ** -0.5 if norm == 'ortho' else 1
+    (cos_h, sin_h), (cos_w, sin_w) = cosines_and_sines(H, x), (m[:, :W // 2 + 1] * scale for m in cosines_and_sines(W, x))
     re, im = x @ cos_w, -(x @ sin_w)
     return torch.stack((cos_h @ re + sin_h @ im, cos_h @ im - sin_h @ re), dim=2).flatten(1, 2)
 
@@ -33,12 +35,13 @@ def real_rfft2(
 def real_irfft2(
     y: Tensor,  # (B, 2C, H, W//2+1), as of `real_rfft2`; need not have the symmetry of a real map
     size: tuple[int, int],  # (H, W) of the result
+    norm: str = 'backward',  # or ortho, as in `torch.fft`
 ) -> Tensor:  # (B, C, H, W)
     "`inverse_rfft2(channels_to_spectrum(y), size)` without complex numbers."
     H, W = size
     (cos_h, sin_h), (cos_w, sin_w) = cosines_and_sines(H, y), (m[:W // 2 + 1] for m in cosines_and_sines(W, y))
     k = np.arange(W // 2 + 1)
-    count = np.where((k == 0) | (2 * k == W), 1., 2.)[:, None] / (H * W)
+    count = np.where((k == 0) | (2 * k == W), 1., 2.)[:, None] / (H * W) ** (0.5 if norm == 'ortho' else 1)
     count = torch.tensor(count, dtype=y.dtype, device=y.device)
     a, b = y[:, 0::2], y[:, 1::2]
     return (cos_h @ a - sin_h @ b) @ (count * cos_w) - (cos_h @ b + sin_h @ a) @ (count * sin_w)

@@ -7,17 +7,23 @@ __all__ = ['MatrixBlock', 'learned_orthogonal', 'OrthogonalBlock', 'cosine_matri
 
 # %% ../../nbs/1_blocks/03_transforms.ipynb #0b133986
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import is_parametrized
 
-from .base import TransformBlock, check_groups, needed_size
+from .base import PluggableBlock, check_groups, needed_size
 from .spectral import use_figure_2_form, start_as_identity
 
 # %% ../../nbs/1_blocks/03_transforms.ipynb #aaefcefd
-class MatrixBlock(TransformBlock):
+class MatrixBlock(PluggableBlock):
     "x + alpha * Pt @ ReLU(BN(conv1x1(P @ x @ Q))) @ Qt, (B, C, H, W), P and Q orthogonal: members define `matrices`."
+
+    fast_forms: ClassVar[dict[str, Callable[..., Tensor | None]]] = {}
+    mirrored: ClassVar[bool] = False  # do the rows of P and the columns of Q look the same from both ends, every second one but for the sign?
 
     def __init__(
         self,
@@ -41,6 +47,12 @@ class MatrixBlock(TransformBlock):
     def matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "P (H, H) and Q (W, W), orthogonal, in the type of x."
         raise NotImplementedError
+
+    @property
+    def is_released(self) -> bool: return self.conv_back is None
+
+    @property
+    def fast_arguments(self) -> dict: return dict(matrices=self.matrices, mirrored=self.mirrored)
 
     def residual(self, x: Tensor) -> Tensor:
         P, Q = self.matrices(x)
@@ -93,6 +105,10 @@ class OrthogonalBlock(MatrixBlock):
     def matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.source_P.weight, self.source_Q.weight
 
+    @property
+    def is_released(self) -> bool:  # a matrix whose parametrisation was removed may lose its orthogonality
+        return super().is_released and is_parametrized(self.source_P) and is_parametrized(self.source_Q)
+
 # %% ../../nbs/1_blocks/03_transforms.ipynb #41eb7f01
 def cosine_matrix(
     n: int,  # rows and columns
@@ -107,6 +123,8 @@ def cosine_matrix(
 # %% ../../nbs/1_blocks/03_transforms.ipynb #e09f2e73
 class CosineBlock(MatrixBlock):
     "x + alpha * idct(ReLU(BN(conv1x1(dct(x))))), (B, C, H, W): `dct`, orthonormal, any size as the matrices are fixed."
+
+    mirrored = True
 
     def __init__(
         self,

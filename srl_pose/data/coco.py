@@ -25,7 +25,7 @@ from ..files import DataError, check_below, read_json
 from srl_pose.pose.crops import (
     Augmentation, apply_matrix, box_to_center_scale, clip_boxes, crop_matrix, crop_window, draw_half_body, draw_hole, warp_crop
 )
-from ..pose.heatmap import check_input_size, flip_order
+from ..pose.heatmap import check_input_size, constants, flip_order
 from ..pose.keypoints import KeypointSet, read_keypoint_set
 
 cv2.setNumThreads(0)  # OpenCV's own threads would compete with the loader's workers, and do not survive a fork
@@ -309,5 +309,5 @@ def normalize(
     if color_order not in ('RGB', 'BGR'): raise ValueError(f'color_order: {color_order!r} must be RGB or BGR')
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f'images: {images.dtype} {tuple(images.shape)} must be uint8 (B, 3, H, W)')
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] * 255 for v in (MEAN, STD))
+    mean, std = (constants(v, images.device)[:, None, None] * 255 for v in (MEAN, STD))
     return ((images.flip(1) if color_order == 'BGR' else images) - mean) / std

@@ -17,7 +17,7 @@ from torch import nn
 
 from .bootstrap import Resampled
 from .evaluate import METRICS, Evaluation
-from ..experiment.experiment import Experiment, Section
+from ..experiment.experiment import Experiment, Section, as_today
 from ..files import DataError, read_json, whole_file
 from ..pose.flops import count_flops, count_params
 from ..experiment.provenance import provenance
@@ -48,6 +48,8 @@ class Training(Section):
     processes: int
     interruptions: int
     start_sha256: str | None  # of the file with weights that training started from
+    alpha: dict[str, float] = {}  # of each block that has one, by its name in the network; empty in files that are older than this field
+    residual_ratio: dict[str, float] = {}  # what each block adds to what enters it, as root mean squares over some validation images; likewise
     provenance: Provenance
 
 
@@ -164,7 +166,7 @@ def _flat(values, prefix=''):
 
 def _check_parameters(metrics: RunMetrics, experiment: Experiment) -> None:
     "`OtherParameters` naming the first that differs"
-    here, there = _flat(experiment.model_dump(mode='json', include=PARAMETERS)), _flat(metrics.parameters)
+    here, there = _flat(experiment.model_dump(mode='json', include=PARAMETERS)), _flat(as_today(metrics.parameters))
     different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if different:
         name = different[0]

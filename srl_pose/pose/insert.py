@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .pose_net import build_block
+from .pose_net import build_block, parameter_kinds
 
 # %% ../../nbs/2_pose/08_insert.ipynb #888da050
 NAME = 'inserted'  # of the block, as a child of the module that it follows
@@ -115,11 +115,11 @@ def remove_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 # %% ../../nbs/2_pose/08_insert.ipynb #888da05d
 def parameter_groups(
-    model: nn.Module,  # with inserted blocks
+    model: nn.Module,  # with blocks, inserted ones or its own
     learning_rate: float,  # of the network
     block_learning_rate: float,  # of the blocks: they are new, the rest may be trained already
 ) -> list[dict]:  # for an optimiser
-    "The network's own parameters and those of its inserted blocks, apart."
-    new = {id(p) for block in inserted_blocks(model).values() for p in block.parameters()}
-    own, blocks = ([p for p in model.parameters() if (id(p) in new) == inside] for inside in (False, True))
+    "The network's own parameters and those of its blocks, apart."
+    kinds = list(parameter_kinds(model))
+    own, blocks = ([p for kind, p in kinds if (kind != 'network') == inside] for inside in (False, True))
     return [dict(params=own, lr=learning_rate), dict(params=blocks, lr=block_learning_rate)]

@@ -10,7 +10,6 @@ __all__ = ['Traffic', 'count_pass', 'StepCounts', 'count_step', 'shorter_run', '
 import contextlib
 import io
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..experiment.experiment import Experiment
 from ..pose.flops import count_flops, count_params
 from ..pose.heatmap import heatmap_loss
+from ..timing import usable_cores
 from ..training.launch import launch
 from ..training.train import Run, learn
 
@@ -57,7 +57,7 @@ def count_pass(
     "Bytes moved, operators and peak bytes of one forward and backward pass on the meta device."
     w, h = input_size
     images = torch.empty(persons, 3, h, w, device='meta')
-    targets, weights = torch.empty(persons, 17, h // 4, w // 4, device='meta'), torch.empty(persons, 17, device='meta')
+    targets, weights = torch.empty(persons, 17, h // model.stride, w // model.stride, device='meta'), torch.empty(persons, 17, device='meta')
     traffic, tracker = Traffic(), MemTracker()
     tracker.track_external(model, images, targets, weights)
     with tracker, traffic:
@@ -147,7 +147,7 @@ def time_steps(
 ) -> StepTimes:
     "Time steps of a row on this machine, without exchange between processes."
     large = min(persons, math.ceil(experiment.train.batch_size / processes))
-    small, threads = max(1, large // 4), max(1, (os.cpu_count() or 1) // processes)
+    small, threads = max(1, large // 4), max(1, usable_cores() // processes)
     with ProcessPoolExecutor(processes, mp_context=get_context('spawn')) as pool:
         def timed(n): return [statistics.mean(column) for column in zip(*pool.map(
             steps_in_this_process, *zip(*[(experiment, n, steps, threads)] * processes)))]
@@ -197,7 +197,7 @@ def time_together(
     steps: int = 8,  # timed, after one that is not
 ) -> float:
     "Median seconds of a real step of the whole batch, with exchange, in so many processes of this machine."
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, usable_cores() // processes)
     arguments = experiment, experiment.train.batch_size, steps, threads
     if processes == 1: return sum(steps_in_this_process(*arguments)[:2])
     with tempfile.TemporaryDirectory() as logs:

@@ -6,7 +6,6 @@
 __all__ = ['BATCH', 'TRAINING_PERSONS', 'FREE', 'Measured', 'measure', 'write_measured', 'read_measured']
 
 # %% ../../nbs/5_results/02_measure.ipynb #70397a37
-import os
 import re
 import resource
 import statistics
@@ -21,8 +20,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ..timing import median_ratio, take_turns
-from ..experiment.experiment import Experiment, Section
+from ..timing import median_ratio, take_turns, usable_cores
+from ..experiment.experiment import Experiment, Section, as_today
 from ..files import DataError, write_json
 from ..pose.flops import count_flops, count_params, published_gflops
 from ..pose.heatmap import heatmap_loss
@@ -72,7 +71,7 @@ def _training_step(
     model = experiment.model.build(pretrained=False).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters())
     images = torch.randn(persons, 3, h, w, device=device).to(memory_format=torch.channels_last)
-    targets, weights = torch.rand(persons, 17, h // 4, w // 4, device=device), torch.ones(persons, 17, device=device)
+    targets, weights = torch.rand(persons, 17, h // model.stride, w // model.stride, device=device), torch.ones(persons, 17, device=device)
     heatmap_loss(model(images), targets, weights).backward()
     optimizer.step()
     return model, _peak_memory(device) - before
@@ -133,7 +132,7 @@ def measure(
     least: float = 6.0,  # seconds to time each
 ) -> Measured:
     "Measure the cost of a row on this machine, in a new process."
-    device, threads = experiment.machine.torch_device(), os.cpu_count() or 1
+    device, threads = experiment.machine.torch_device(), usable_cores()
     persons = persons or TRAINING_PERSONS[device.type]
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         found = pool.submit(_time_and_memory, experiment, batch, persons, least, threads).result()
@@ -157,7 +156,7 @@ def read_measured(
 ) -> Measured:
     "`DataError` naming file and field if it is damaged or another's, `OtherParameters` if the row's network is another now."
     measured = read_section(Measured, path)
-    here, there = experiment.model.model_dump(mode='json'), measured.model
+    here, there = experiment.model.model_dump(mode='json'), as_today(dict(model=measured.model))['model']
     wanted = {'set': experiment.set, 'row': experiment.name, **{f'model.{k}': v for k, v in here.items() if k not in FREE}}
     found = {'set': measured.set, 'row': measured.row, **{f'model.{k}': v for k, v in there.items() if k not in FREE}}
     for name in wanted | found:

@@ -20,7 +20,7 @@ from ..files import project_root, whole_file
 from ..pose.pose_net import BLOCKS
 from .compare import TOPS, Row, baseline_of, measured_file, read_rows
 from .published import published
-from .table import Page, accuracy_table, cost_table, difference_table, pages_of, to_csv
+from .table import Page, accuracy_table, cost_table, difference_table, learned_table, pages_of, to_csv
 
 # %% ../../nbs/5_results/06_pages.ipynb #b74db1ff
 def _plural(number: int, noun: str, ending: str = 's') -> str: return f'{number} {noun}{ending if number > 1 else ""}'
@@ -58,6 +58,9 @@ def _notes(page: Page) -> list[str]:
         notes.append('for the block: beside the same network without it, in turns; the figure places it by this ratio, since the milliseconds of two '
                      'rows were measured at different times')
     notes.append('input is height × width; true GFLOPs are multiply-adds (10⁹) of one image, transforms counted')
+    if any(run.training.residual_ratio for row in page.rows for run in row.runs.values()):
+        notes.append('α: what a block multiplies its residual by, 0 at initialisation; residual / x: what the block then adds to what enters it, as root mean '
+                     'squares over 16 validation images')
     if any(row.experiment.evaluate.boxes == 'gt' for row in page.rows):
         notes.append('PCK: keypoints within a tenth of the longer side of the annotated box')
     if any(published(row.experiment) for row in page.rows):
@@ -79,7 +82,7 @@ def _recipe(e: Experiment) -> str:
     t = e.train
     steps = f' of {_plural(t.steps_per_epoch, "step")}' if t.steps_per_epoch else ''
     falls = f'lowered after {" and ".join(map(str, t.lr_steps))}' if t.lr_steps else f'schedule {t.schedule}'
-    return (f'Set {e.set}, recipe {e.recipe}: {_plural(t.epochs, "epoch")}{steps}, batch {t.batch_size}, learning rate {t.learning_rate:g}, {falls}; '
+    return (f'Set {e.set}, recipe {e.recipe}: {_plural(t.epochs, "epoch")}{steps}, batch {t.batch_size}, learning rate {t.rate_text()}, {falls}; '
             f'seeds {", ".join(map(str, e.seeds))}.')
 
 
@@ -90,6 +93,7 @@ def to_markdown(page: Page) -> str:
     for boxes, title in SOURCES.items():
         if table := accuracy_table(page, boxes): parts += [f'## {title}', table]
     if table := difference_table(page): parts += ['## What a block adds', table]
+    if table := learned_table(page): parts += ['## What the blocks learned', table]
     left_out = [f'- left out: {reason}' for row in page.rows for reason in row.left_out]
     how = [*_runs_obtained(page), *left_out, *_costs_obtained(page), *_notes(page)]
     parts += ['## What it costs', cost_table(page), f'![accuracy against cost]({page.name}.png)', '## How', '\n'.join(how)]

@@ -12,7 +12,6 @@ __all__ = ['Above', 'MACHINES', 'Machine', 'read_machine_entries', 'load_machine
 import csv
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tabulate import tabulate
 from .costs import Exchange, StepCounts, StepTimes, count_step, time_exchange, time_steps, time_together
 from ..experiment.experiment import Experiment, Positive, Section
 from ..files import whole_file
+from ..timing import usable_cores
 from ..experiment.params import ParameterError, load_experiments
 
 # %% ../../nbs/5_results/08_plan.ipynb #85afbfb1
@@ -295,7 +295,7 @@ def plan_notes(
     here: bool,  # was anything timed here but loading?
 ) -> list[str]:
     "What a plan rests on."
-    cpu = f'{os.cpu_count()} CPU cores' if device.type == 'cpu' else device.type
+    cpu = f'{usable_cores()} CPU cores' if device.type == 'cpu' else device.type
     notes = [f'"here": {cpu}; a few steps of each row were timed.'] if here else []
     notes.append(f'Plan for {persons} persons to train on and {val_persons} to validate.')
     notes += [f'Exchange between {n} processes here: {1e3 * x.latency:.2g} ms and {x.bandwidth / 1e9:.2g} GB/s.' for n, x in exchange.items()]
@@ -307,7 +307,7 @@ def plan_notes(
 # %% ../../nbs/5_results/08_plan.ipynb #9c0d0c18
 def numbers_here(device: torch.device) -> tuple[int, ...]:
     "Numbers of processes to plan for on this machine: 1, and 2 where there are two GPUs or CPU cores."
-    units = (os.cpu_count() or 1) if device.type == 'cpu' else torch.cuda.device_count()
+    units = usable_cores() if device.type == 'cpu' else torch.cuda.device_count()
     return (1, 2) if units > 1 else (1,)
 
 

@@ -100,7 +100,7 @@ def network_of(
 ) -> tuple | None:  # backbone, (w, h), '' or near or dilated, block, places; None for a variant that the paper does not have
     "What makes a network, as far as the paper tells networks apart."
     m = experiment.model
-    if m.block_options or m.caffe or m.last_layer != 'layer4': return None
+    if m.block_options or m.caffe or m.strides or m.deconvs or m.last_layer != 'layer4': return None
     kind = '' if m.downsample else 'dilated' if m.dilate else 'near'
     return m.backbone, m.input_size, kind, m.block or 'none', m.block_after if m.block else ()
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'IDENTITY', 'ACCURACY', 'COMPARISON', 'COST', 'RELATIVE_COST', 'PAPER_NUMBERS', 'COLUMNS', 'Page',
            'pages_of', 'Line', 'lines_of', 'Column', 'columns', 'to_csv', 'markdown_table', 'accuracy_table',
-           'difference_table', 'cost_table', 'summary_table', 'after_deconvolutions', 'added_cost_table']
+           'difference_table', 'cost_table', 'learned_table', 'summary_table', 'after_deconvolutions',
+           'added_cost_table']
 
 # %% ../../nbs/5_results/05_table.ipynb #7616a92f
 import csv
@@ -286,6 +287,23 @@ def cost_table(page: Page) -> str:
                     'ratio_in_batch training_memory training_seconds')
     return markdown_table(shown, ([c.text(line) for c in shown] for line in lines_of(page.rows)))
 
+# %% ../../nbs/5_results/05_table.ipynb #0f4b996d
+def _by_seed(row: Row, name: str, block: str) -> str:
+    "A number of one block in each run, – where a run does not have it"
+    values = [getattr(run.training, name).get(block) for run in row.runs.values()]
+    return ' '.join('–' if value is None else f'{value:.2g}' for value in values)
+
+
+def learned_table(page: Page) -> str | None:
+    "α of each block, and what it adds to what enters it; None if no run says so."
+    header = ('row', 'block', 'name in the network', 'α, by seed', 'residual / x, by seed')
+    cells = []
+    for row in page.rows:
+        blocks = dict.fromkeys(block for run in row.runs.values() for block in run.training.alpha | run.training.residual_ratio)
+        cells += [[f'`{row.name}`', row.experiment.model.block, f'`{block}`', _by_seed(row, 'alpha', block), _by_seed(row, 'residual_ratio', block)]
+                  for block in blocks]
+    return tabulate(cells, header, tablefmt='pipe', disable_numparse=True) if cells else None
+
 # %% ../../nbs/5_results/05_table.ipynb #f00a6504
 def summary_table(page: Page, score: str = 'AP') -> str:
     "A line for each row: its score, how much it exceeds its baseline's, how sure that is, and what it costs in time."
@@ -297,7 +315,7 @@ def summary_table(page: Page, score: str = 'AP') -> str:
 def after_deconvolutions(rows: list[Row], backbone: str = 'resnet50') -> list[Row]:
     "Of one backbone: rows whose blocks follow all deconvolutions, and their baselines."
     return [row for row in rows if (m := row.experiment.model).backbone == backbone and m.downsample
-            and m.block_after == ('deconv1', 'deconv2', 'deconv3')]
+            and not (m.strides or m.deconvs) and m.block_after == ('deconv1', 'deconv2', 'deconv3')]
 
 
 def added_cost_table(rows: list[Row]) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOK_ON', 'CHECKPOINT_FORMAT', 'OTHER_CODE', 'code_digest', 'parameters', 'identity', 'CheckpointError',
            'save_checkpoint', 'read_checkpoint', 'fill', 'load_checkpoint', 'random_state', 'set_random_state',
-           'misfit', 'find_training', 'only_writer', 'load_start']
+           'misfit', 'find_training', 'only_writer', 'other_transforms', 'load_start']
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #4b7b1e00
 import fcntl
@@ -14,7 +14,7 @@ import json
 import random
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.coco import CocoPersons
-from ..experiment.experiment import Experiment
+from ..experiment.experiment import Experiment, as_before
 from ..experiment.provenance import modules_behind
 from ..files import whole_file
-from ..pose.original import load_original, read_state
-from ..pose.pose_net import read_weights
+from ..blocks.spectral import SpectralBlock
+from ..pose.original import UNSAID, load_original, read_state
+from ..pose.pose_net import blocks_of, read_weights
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #88bc3803
 LOOK_ON = ('training.checkpoint', 'data.draw', 'evaluation.evaluate', 'training.launch', 'training.watch')  # modules that decide no weight
@@ -44,8 +45,8 @@ def code_digest() -> str:
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #5e6e0c02
 def parameters(experiment: Experiment) -> dict:
-    "Those that decide what training computes, as plain values."
-    return experiment.model_dump(mode='json', include={'set', 'data', 'model', 'train'})
+    "Those that decide what training computes, as plain values; without younger ones that change nothing."
+    return as_before(experiment.model_dump(mode='json', include={'set', 'data', 'model', 'train'}))
 
 
 def identity(
@@ -183,7 +184,7 @@ def misfit(
     changed = {name for name in identity if identity[name] != content['identity'].get(name)}
     if 'parameters' in changed:
         mine = parameters(experiment)
-        return 'is of another experiment: other values of ' + ', '.join(_differences(mine, {k: content['experiment'].get(k) for k in mine}))
+        return 'is of another experiment: other values of ' + ', '.join(_differences(mine, as_before({k: content['experiment'].get(k) for k in mine})))
     if 'data' in changed: return 'is of other data: the annotations have changed'
     if 'start' in changed: return f'started from another file than {experiment.start_file()} is now'
     if 'code' in changed: return OTHER_CODE
@@ -243,6 +244,16 @@ def only_writer(
             leftover.unlink(missing_ok=True)
         yield
 
+# %% ../../nbs/4_training/09_checkpoint.ipynb #9ebb2278
+def other_transforms(
+    model: nn.Module,  # as the experiment has it
+    theirs: dict[str, str],  # edges and norm of the fft blocks that its numbers are from
+    new: Collection[str],  # tensors that start new
+) -> str:
+    "What of the transforms of `fft` differs; empty if nothing does, or if no such block has numbers from there."
+    own = [b.fast_arguments for name, b in blocks_of(model).items() if isinstance(b, SpectralBlock) and f'{name}.alpha' not in new]
+    return ', '.join(f'{name} {own[0][name]} here, {value} there' for name, value in theirs.items() if own and own[0][name] != value)
+
 # %% ../../nbs/4_training/09_checkpoint.ipynb #9ebb2279
 def load_start(
     model: nn.Module,  # filled in place
@@ -251,17 +262,21 @@ def load_start(
     say: Callable[[str], None] = print,
 ) -> None:
     "Begin with the numbers of a checkpoint. `CheckpointError` naming the first tensor that has no place."
+    theirs = dict(edges='average', norm='backward')
     try:
-        state = read_state(path)
-        ours = False
+        state, ours = read_state(path), False
+        theirs = {name: UNSAID[name][0] for name in theirs}
     except ValueError:
-        state, ours = read_checkpoint(path)['model'], True
+        content, ours = read_checkpoint(path), True
+        state, options = content['model'], content['experiment']['model']['block_options']
+        theirs |= {name: options[name] for name in theirs.keys() & options}
     found = load_original(state, model, strict=False)
     head = [name for name in found.mismatched if name.startswith('final_layer.')]
     for name in (*found.unexpected, *(set(found.mismatched) - set(head))):
         raise CheckpointError(f'{path}: {name} has no place in this network')
     if not ours: model.conv1.weight.data = model.conv1.weight.data.flip(1)
-    new = found.missing
-    say(f'starting from {path}' + (', turned from BGR to RGB' if not ours else '')
+    new, differ = found.missing, other_transforms(model, theirs, found.missing)
+    say(f'starting from {path}' + (', turned from BGR to RGB, with strides and style of this experiment' if not ours else '')
+        + (f'; fft blocks: {differ}{" (assumed)" * (not ours)}' if differ else '')
         + (f'; head replaced: {len(state["final_layer.bias"])} keypoints there, {len(model.final_layer.bias)} here' if head else '')
         + (f'; {len(new)} tensors start new, the first is {new[0]}' if new else ''))

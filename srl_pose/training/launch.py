@@ -24,6 +24,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ..timing import usable_cores
+
 # %% ../../nbs/4_training/11_launch.ipynb #2581ca41
 def started_by_launcher() -> bool:
     "Is this process one of several that torchrun, the elastic launcher or srun has started?"
@@ -54,8 +56,9 @@ def process_group(device: torch.device) -> Iterator[None]:
             raise RuntimeError(f'machine.processes: process {local} of this machine has no GPU, it has {torch.cuda.device_count()}')
         torch.cuda.set_device(local)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    dist.barrier()  # or one that is done at once would be gone while others still connect to it
     try:
         yield
     finally:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'LOOK_EVERY', 'loading_options', 'check_share', 'Data', 'first_network', 'Learner', 'Standing',
            'find_for_all', 'Run', 'continue_from', 'shares_text', 'learn', 'checkpoint_planned', 'look_due',
-           'all_losses', 'check_finite', 'measure_validation', 'keep_best', 'close_epoch', 'summary_of', 'save',
-           'finish', 'fit', 'train', 'main']
+           'all_losses', 'check_finite', 'measure_validation', 'keep_best', 'close_epoch', 'summary_of',
+           'measure_ratios', 'save', 'finish', 'fit', 'train', 'main']
 
 # %% ../../nbs/4_training/12_train.ipynb #0b133986
 import argparse
@@ -25,18 +25,20 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from ..data.coco import normalize
 from ..experiment.experiment import Experiment, MachineParams
 from ..experiment.params import ParameterError, load_experiment
 from ..experiment.provenance import provenance
 from ..files import DataError, project_root, write_json
 from ..pose.heatmap import heatmap_accuracy, heatmap_loss
+from ..pose.pose_net import alphas_of, residual_ratios
 from .batches import GlobalBatches, prepare, validate, validation_loader
 from .checkpoint import (CheckpointError, fill, find_training, identity, load_start, only_writer,
                                           random_state, save_checkpoint, set_random_state)
 from .launch import (die_with_dvc, die_with_parent, from_first, gather, launch, process_group,
                                       rank_and_world, started_by_launcher)
 from .recipe import Updater, synchronise_batchnorm, training_mode
-from .watch import Watch, prediction_page, say, silent
+from .watch import Watch, alpha_measures, prediction_page, say, silent, some_images
 
 # %% ../../nbs/4_training/12_train.ipynb #1a5e0c04
 def loading_options(machine: MachineParams) -> dict:
@@ -113,7 +115,7 @@ class Learner:
         model: nn.Module,  # of `first_network`
         steps: int,  # per epoch
     ):
-        torch.backends.cudnn.benchmark = True  # all batches have one size
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # all batches have one size
         self.p, self.device = experiment.train, experiment.machine.torch_device()
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.train()
@@ -229,7 +231,7 @@ def shares_text(run: Run) -> str:
     parts, p = run.data.batches.parts(0), run.p
     return (f'{len(run.data.train_set)} persons, {run.data.steps} steps per epoch; {p.batch_size} persons per step: {run.world} '
             f'process{"es" if run.world > 1 else ""} × {len(parts)} part{"s" if len(parts) > 1 else ""} of at most '
-            f'{max(len(persons) for persons, _ in parts)}; learning rate {p.learning_rate:g} for the whole batch')
+            f'{max(len(persons) for persons, _ in parts)}; learning rate {p.rate_text()} for the whole batch')
 
 # %% ../../nbs/4_training/12_train.ipynb #e813d7cf
 def learn(
@@ -318,7 +320,7 @@ def close_epoch(
     at, update = run.at, run.learner.update
     rate = run.p.learning_rate * update.factor(at.epoch * run.data.steps)
     shares, start = run.watch.epoch_shares(), time.perf_counter()
-    values = dict(learning_rate=rate, train_loss=losses.mean().item()) | measure_validation(run)
+    values = dict(learning_rate=rate, train_loss=losses.mean().item()) | measure_validation(run) | alpha_measures(update.weights)
     keep_best(run, values)
     at.history.append(values)
     run.watch.epoch(at.epoch, values, f'{shares}; validation {time.perf_counter() - start:.1f} s')
@@ -334,7 +336,13 @@ def summary_of(run: Run) -> dict:
     return dict(
         epochs=at.epoch, seconds=seconds, samples_per_second=at.seen / seconds, loss=last.get('train_loss'), **measured,
         best=at.best, processes=run.world, interruptions=at.interruptions, seconds_of=run.watch.times,
-        start_sha256=run.identity['start'], provenance=provenance(run.learner.device))
+        start_sha256=run.identity['start'], alpha=alphas_of(run.learner.update.weights), provenance=provenance(run.learner.device))
+
+# %% ../../nbs/4_training/12_train.ipynb #2b10a101
+def measure_ratios(run: Run) -> dict[str, float]:
+    "`residual_ratios` of the weights that are kept, on 16 validation images."
+    images = normalize(some_images(run.data.val_set, 16).to(run.learner.device))
+    return residual_ratios(run.learner.update.weights, images.to(memory_format=torch.channels_last))
 
 # %% ../../nbs/4_training/12_train.ipynb #1a5e0c28
 def save(
@@ -363,6 +371,7 @@ def finish(run: Run) -> dict:
     summary, weights = summary_of(run), run.learner.update.weights
     save(run, complete=True)
     if run.rank == 0:
+        summary['residual_ratio'] = measure_ratios(run)
         save_checkpoint(run.out / 'model.pt', weights, run.experiment, summary, identity=run.identity)
         write_json(run.out / 'train.json', summary)
         run.watch.end(prediction_page(weights, run.data.val_set, run.data.heatmaps, run.learner.device))

@@ -95,12 +95,13 @@ def export_command(
     out: str,  # ONNX file
     *,
     input_size: tuple[int, int] | None = None,  # (w, h); None: what the checkpoint says
+    **options,  # of `Predictor.load`
 ) -> str:  # what was written
     "Export a checkpoint."
-    predictor = Predictor.load(weights, input_size=input_size, device='cpu')
-    w, h = predictor.input_size
+    predictor = Predictor.load(weights, input_size=input_size, device='cpu', **options)
+    (w, h), (columns, rows) = predictor.input_size, predictor.heatmaps.size
     metadata = dict(color_order=predictor.color_order, mean=json.dumps(MEAN), std=json.dumps(STD), decoder=predictor.heatmaps.decoder,
                     keypoints=json.dumps(predictor.keypoint_set.names), input_size=json.dumps([w, h]))
     error = to_onnx(predictor.model, out, (w, h), metadata=metadata)
-    return (f'{out}: images (batch, 3, {h}, {w}) in {metadata["color_order"]}, normalised -> heatmaps (batch, {len(predictor.keypoint_set)}, {h // 4}, {w // 4}); '
+    return (f'{out}: images (batch, 3, {h}, {w}) in {metadata["color_order"]}, normalised -> heatmaps (batch, {len(predictor.keypoint_set)}, {rows}, {columns}); '
             f'onnxruntime differs by {error:.1e} of the largest')

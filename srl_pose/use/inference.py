@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..blocks.base import PluggableBlock
 from ..blocks.spectral import SpectralBlock
 
 # %% ../../nbs/6_use/05_inference.ipynb #fb71751c
@@ -32,7 +33,7 @@ def fold_batchnorm(model: nn.Module) -> int:  # how many were folded
     "Fold every BatchNorm that directly follows a convolution into it, in place; for evaluation mode only."
     folded = 0
     for module in model.modules():
-        if isinstance(module, SpectralBlock) and module.fast: continue
+        if isinstance(module, PluggableBlock) and module.fast: continue
         for first, second in conv_bn_pairs(module):
             conv, norm = getattr(module, first), getattr(module, second)
             setattr(module, first, fuse_conv_bn_eval(conv, norm, transpose=isinstance(conv, nn.ConvTranspose2d)))
@@ -47,7 +48,8 @@ def exportable(
     "A copy on the CPU in evaluation mode that computes the same without complex numbers, parametrisations and BatchNorm."
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     for module in list(model.modules()):
-        if isinstance(module, SpectralBlock): module.fast = module.complex = False
+        if isinstance(module, PluggableBlock): module.fast = False
+        if isinstance(module, SpectralBlock): module.complex = False
         for name, child in list(module.named_children()):  # torch's own removal would change the class, and so the original
             if isinstance(child, nn.Linear) and parametrize.is_parametrized(child):
                 plain = nn.Linear(child.in_features, child.out_features, bias=False)

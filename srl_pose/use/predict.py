@@ -40,19 +40,26 @@ from .frames import VIDEO_ENDINGS, Frame, list_sources, read_frames, read_uprigh
 def read_network(
     weights: str | Path,  # checkpoint of ours, of the original or of Simple Baselines
     input_size: tuple[int, int] | None = None,  # (w, h) px, for blocks of the original that fit one size only
+    *,
+    say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
+    color_order: str | None = None,  # RGB or BGR, where it is known better
+    **unsaid,  # of `load_original`: strides, dilate, caffe, edges, norm
 ) -> tuple[nn.Module, dict]:  # and its input_size (None: unknown), color_order and decoder
-    "A network and what its file says of its input. `CheckpointError` for any other file."
+    "A network and what its file says of its input. `CheckpointError` for any other file, and for what it says itself."
     if not Path(weights).is_file(): raise CheckpointError(f'{weights}: no such file')
     try:
         model, experiment, _ = load_checkpoint(weights)
-        return model, dict(input_size=experiment.model.input_size, color_order='RGB', decoder=experiment.model.decoder)
-    except CheckpointError as ours:
-        try:
-            found = load_original(weights, input_size=input_size)
-        except ValueError as theirs:
-            raise CheckpointError(f'{weights}: neither a checkpoint of srl_pose ({str(ours).removeprefix(f"{weights}: ")}) nor one of the '
-                                  f'original ({theirs})') from None
-        return found.model, dict(input_size=input_size, color_order='BGR', decoder='quarter')
+    except CheckpointError as error:
+        ours = str(error).removeprefix(f'{weights}: ')
+    else:
+        if unsaid: raise CheckpointError(f'{weights}: {", ".join(unsaid)}: is a checkpoint of srl_pose, which says this itself')
+        return model, dict(input_size=experiment.model.input_size, color_order=color_order or 'RGB', decoder=experiment.model.decoder)
+    try:
+        found = load_original(weights, input_size=input_size, **unsaid, **(dict(color_order=color_order) if color_order else {}))
+    except ValueError as theirs:
+        raise CheckpointError(f'{weights}: neither a checkpoint of srl_pose ({ours}) nor one of the original ({theirs})') from None
+    say(f'{weights}: {found.report}')
+    return found.model, dict(input_size=input_size, color_order=found.color_order, decoder='quarter')
 
 # %% ../../nbs/6_use/04_predict.ipynb #ca346a70
 def check_network(
@@ -79,7 +86,7 @@ def check_network(
 @dataclass
 class Predictor:
     "A network and all that must be known to use it."
-    model: nn.Module  # (B, 3, h, w) normalised -> (B, K, h/4, w/4)
+    model: nn.Module  # (B, 3, h, w) normalised -> heatmaps (B, K, h/stride, w/stride)
     input_size: tuple[int, int]  # (w, h) px
     heatmaps: Heatmaps  # reads the maps
     keypoint_set: KeypointSet = COCO_KEYPOINTS
@@ -108,15 +115,17 @@ class Predictor:
         decoder: str | None = None,  # quarter, none, dark, udp; None: what the checkpoint says, or quarter
         keypoint_set: KeypointSet | None = None,  # None: COCO's
         device: str | torch.device | None = None,  # None: a GPU if there is one
+        say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
+        **unsaid,  # of `load_original`, which such a checkpoint does not say: strides, dilate, caffe, edges, norm
     ) -> 'Predictor':
         "`CheckpointError` naming the file and what is wrong or must be said."
-        model, known = read_network(weights, input_size)
-        given = dict(input_size=input_size, color_order=color_order, decoder=decoder)
+        model, known = read_network(weights, input_size, say=say, color_order=color_order, **unsaid)
+        given = dict(input_size=input_size, decoder=decoder)
         known |= {name: value for name, value in given.items() if value is not None}
         points = keypoint_set or COCO_KEYPOINTS
         size = check_network(model, weights, known['input_size'], points)
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        return cls.of(model.to(device), Heatmaps(size, decoder=known['decoder']), points, known['color_order'])
+        return cls.of(model.to(device), Heatmaps(size, stride=model.stride, decoder=known['decoder']), points, known['color_order'])
 
     @property
     def device(self) -> torch.device:
@@ -450,8 +459,7 @@ def predict_command(
     out: str,  # folder
     *,
     boxes: str | None = None,  # these three: of `choose_boxes`
-    detector: str | None = None,
-    detector_weights: str = 'DEFAULT',
+    detector: str | None = None, detector_weights: str = 'DEFAULT',
     box_threshold: float | None = None,  # None: 0.5 with a detector, else 0
     input_size: tuple[int, int] | None = None,  # (w, h) px
     color_order: str | None = None,  # RGB or BGR
@@ -464,11 +472,13 @@ def predict_command(
     limit: int | None = None,  # frames, such as of a camera
     device: str | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    **unsaid,  # of `Predictor.load`
 ) -> int:  # images that could not be used
     "Poses in images and videos, written into a folder."
     files = list_sources(sources)
     points = read_keypoint_set(keypoints) if keypoints else None
-    predictor = Predictor.load(weights, input_size=input_size, color_order=color_order, decoder=decoder, keypoint_set=points, device=device)
+    predictor = Predictor.load(weights, input_size=input_size, color_order=color_order, decoder=decoder, keypoint_set=points, device=device,
+                               say=say, **unsaid)
     source = choose_boxes(boxes, detector, detector_weights, box_threshold, predictor.device)
     outputs, broken, persons = Outputs(out, predictor.keypoint_set, pictures=pictures, threshold=threshold), 0, 0
     frames = itertools.islice(read_frames(files), limit)

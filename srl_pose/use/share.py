@@ -15,7 +15,7 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError('huggingface_hub is needed to share a network: pip install "srl_pose[share]"') from None
 
 from .. import __version__
-from ..experiment.experiment import Experiment
+from ..experiment.experiment import Experiment, as_today
 from ..training.checkpoint import CheckpointError, load_checkpoint
 from ..pose.heatmap import Heatmaps, show_size
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet
@@ -70,12 +70,15 @@ def describe_run(
 ) -> dict[str, str]:  # fields of the card: network, input, trained_on, recipe
     "What a network is and how it was trained."
     e, m, t = experiment, experiment.model, experiment.train
-    after = f' after {", ".join(m.block_after)}' if m.block else ''
+    options = ''.join(f', {name} {value}' for name, value in m.block_options.items())
+    after = f' after {", ".join(m.block_after)}{options}' if m.block else ''
+    released = m.block == 'fft' and m.block_options.get('norm', 'backward') == 'backward'
+    scale = '; the residual of its blocks is √(HW) smaller than with a unitary transform, as released, so few steps of training say little about them'
     return dict(
-        network=f'{m.backbone}, block {m.block or "none"}{after}, {parameters / 1e6:.2f} M parameters',
+        network=f'{m.backbone}, block {m.block or "none"}{after}, {parameters / 1e6:.2f} M parameters{scale * released}',
         input=f'{show_size(m.input_size)} (height × width), RGB, ImageNet mean and deviation; heatmaps read by {m.decoder}',
         trained_on=f'set {e.set}, split {e.data.train}',
-        recipe=f'{e.recipe}: {t.epochs} epochs, batch {t.batch_size}, Adam {t.learning_rate:g}, schedule {t.schedule}, from {t.start_from or m.weights or "random numbers"}')
+        recipe=f'{e.recipe}: {t.epochs} epochs, batch {t.batch_size}, Adam {t.rate_text()}, schedule {t.schedule}, from {t.start_from or m.weights or "random numbers"}')
 
 # %% ../../nbs/6_use/07_share.ipynb #cea85b44
 class SharedPoseResNet(PoseResNet, PyTorchModelHubMixin, library_name='srl_pose', pipeline_tag='keypoint-detection', license='mit',
@@ -97,7 +100,7 @@ class SharedPoseResNet(PoseResNet, PyTorchModelHubMixin, library_name='srl_pose'
         "Ready to use."
         points = {name: tuple(map(tuple, v)) if v and isinstance(v[0], list) else tuple(v) for name, v in self.keypoints.items()}
         size = tuple(self.input['size'])
-        return Predictor.of(copy.deepcopy(self).to(device or 'cpu'), Heatmaps(size, decoder=self.input['decoder']), KeypointSet(**points),
+        return Predictor.of(copy.deepcopy(self).to(device or 'cpu'), Heatmaps(size, stride=self.stride, decoder=self.input['decoder']), KeypointSet(**points),
                             self.input['color_order'])
 
 
@@ -124,7 +127,7 @@ def share(
 ) -> SharedPoseResNet:
     "Write a checkpoint as a folder to be shared. `CheckpointError` if it is none, or if metrics or keypoints are of another network."
     model, e, _ = load_checkpoint(checkpoint)
-    if metrics and metrics.parameters.get('model') != e.model.model_dump(mode='json'):
+    if metrics and as_today(metrics.parameters).get('model') != e.model.model_dump(mode='json'):
         raise CheckpointError(f'{checkpoint}: is of row {e.name}; the metrics are of row {metrics.row}, another network')
     if (count := len(model.final_layer.weight)) != len(keypoint_set):
         raise CheckpointError(f'{checkpoint}: predicts {count} keypoints, the keypoint set has {len(keypoint_set)}')

@@ -27,6 +27,7 @@ VECTORS = r'''
 typedef float v8 __attribute__((vector_size(32)));  // 8 channels
 typedef int i8 __attribute__((vector_size(32)));
 typedef struct { v8 re, im; } cv;                   // one complex number in each of 8 channels
+typedef struct { long n, passes; const int *radix; const float *twiddles; } plan;  // see `Plan`
 typedef float v8_anywhere __attribute__((vector_size(32), aligned(4), may_alias));
 INLINE v8 load(const float *p) { return *(const v8_anywhere *)p; }
 INLINE void store(float *p, v8 v) { *(v8_anywhere *)p = v; }
@@ -96,8 +97,6 @@ def plan(n: int) -> Plan:
 
 # %% ../../../nbs/9_cpu/03_native_fft.ipynb #bd5814d4
 BUTTERFLIES = r'''
-typedef struct { long n, passes; const int *radix; const float *twiddles; } plan;
-
 INLINE cv add(cv a, cv b) { return (cv){a.re + b.re, a.im + b.im}; }
 INLINE cv sub(cv a, cv b) { return (cv){a.re - b.re, a.im - b.im}; }
 INLINE cv by(cv a, float s) { return (cv){a.re * s, a.im * s}; }
@@ -171,9 +170,9 @@ static void fft(const plan *p, const cv *in, cv *out, cv *spare) {  // in and ou
 '''
 
 # %% ../../../nbs/9_cpu/03_native_fft.ipynb #769f7981
-LONGS = 'B C H W K G m channel line step pitch threads work_size together slices'.split()
+LONGS = 'B C H W K G m channel line step pitch threads work_size together slices first images kept folds_h folds_w'.split()
 FLOATS = ('work x out z y alpha slope shift weight bias gamma beta mean var partial '
-          'd d_weight d_gamma d_beta mean_d mean_dy').split()
+          'd d_weight d_gamma d_beta mean_d mean_dy edges left right d_left d_right').split()
 
 class Problem(ctypes.Structure):
     "Sizes, strides and addresses of one call."
@@ -219,9 +218,20 @@ INLINE void gather(const problem *p, const float *x, cv *a) {  // a row of 16 ch
 # %% ../../../nbs/9_cpu/03_native_fft.ipynb #32dbf741
 ROWS = r'''
 typedef struct { cv *grid, *a, *b, *c, *spare; float *rows, *block; } space;  // of one thread
+static space space_in(const problem *p, float *work) {
+    const long longest = p->H > p->W ? p->H : p->W;
+    space s = {.grid = (cv *)work};
+    s.a = s.grid + p->H * p->pitch, s.b = s.a + longest, s.c = s.b + longest, s.spare = s.c + longest;
+    s.block = (float *)(s.spare + 2 * longest), s.rows = s.block + p->H * p->m;
+    return s;
+}
 
-// 16 channels of a map to 32 numbers in each row; edge multiplies the columns that are their own mirror image
-static void map_to_rows(const problem *p, const float *x, float *rows, float edge, space s) {
+INLINE void weigh(const problem *p, const float *weights, cv *column) {
+    for (long h = 0; h < p->H; h++) column[h] = by(column[h], weights[h]);
+}
+
+// 16 channels of a map to 32 numbers in each row; edge, and weights by row if there are any, multiply the columns that are their own mirror image
+static void map_to_rows(const problem *p, const float *x, float *rows, float edge, const float *weights, space s) {
     const long H = p->H, W = p->W, m = p->m;
     for (long h = 0; h < H; h++) {
         gather(p, x + h * p->line, s.a);
@@ -236,8 +246,10 @@ static void map_to_rows(const problem *p, const float *x, float *rows, float edg
             s.b[h] = (cv){f * (z.im + y.im), f * (y.re - z.re)};
         }
         fft(&p->along_h, s.a, s.c, s.spare);
+        if (weights && mirror == k) weigh(p, weights, s.c);
         for (long h = 0; h < H; h++) store_interleaved(rows + h * m, s.c[h]);
         fft(&p->along_h, s.b, s.c, s.spare);
+        if (weights && mirror == k) weigh(p, weights, s.c);
         for (long h = 0; h < H; h++) store_interleaved(rows + h * m + 16, s.c[h]);
     }
 }
@@ -245,25 +257,28 @@ static void map_to_rows(const problem *p, const float *x, float *rows, float edg
 
 # %% ../../../nbs/9_cpu/03_native_fft.ipynb #3eb41117
 SCATTER = r'''
-INLINE void scatter(const problem *p, const cv *a, const float *x, float scale, float *out) {  // a row of 16 channels
+// a row of 16 channels; swapped: the first 8 are in .im, the others in .re
+INLINE void scatter(const problem *p, const cv *a, const int swapped, const float *x, float scale, float *out) {
+#define FIRST(z) (swapped ? (z).im : (z).re)
+#define SECOND(z) (swapped ? (z).re : (z).im)
     const long n = p->W, channel = p->channel, step = p->step;
     if (channel == 1) for (long w = 0; w < n; w++) {
         __builtin_prefetch(x + w * step + p->line);
         __builtin_prefetch(out + w * step + p->line, 1);
-        store(out + w * step, load(x + w * step) + scale * a[w].im);
-        store(out + w * step + 8, load(x + w * step + 8) + scale * a[w].re);
+        store(out + w * step, load(x + w * step) + scale * FIRST(a[w]));
+        store(out + w * step + 8, load(x + w * step + 8) + scale * SECOND(a[w]));
     } else if (n < 8) {
         for (long w = 0; w < n; w++) for (int c = 0; c < 8; c++) {
-            out[c * channel + w] = x[c * channel + w] + scale * a[w].im[c];
-            out[(c + 8) * channel + w] = x[(c + 8) * channel + w] + scale * a[w].re[c];
+            out[c * channel + w] = x[c * channel + w] + scale * FIRST(a[w])[c];
+            out[(c + 8) * channel + w] = x[(c + 8) * channel + w] + scale * SECOND(a[w])[c];
         }
     } else for (long w = 0; w < n; w += 8) {
         v8 t[8];
         if (w > n - 8) w = n - 8;
-        UNROLL for (int c = 0; c < 8; c++) t[c] = a[w + c].im;
+        UNROLL for (int c = 0; c < 8; c++) t[c] = FIRST(a[w + c]);
         transpose(t);
         UNROLL for (int c = 0; c < 8; c++) store(out + c * channel + w, load(x + c * channel + w) + scale * t[c]);
-        UNROLL for (int c = 0; c < 8; c++) t[c] = a[w + c].re;
+        UNROLL for (int c = 0; c < 8; c++) t[c] = SECOND(a[w + c]);
         transpose(t);
         UNROLL for (int c = 8; c < 16; c++) store(out + c * channel + w, load(x + c * channel + w) + scale * t[c - 8]);
     }
@@ -286,14 +301,16 @@ INLINE void swapped_column(const problem *p, const float *rows, const float *slo
 
 // out = x + scale * unnormalised inverse of the rows or, with a slope, of ReLU(slope * rows + shift)
 INLINE void rows_to_map(const problem *p, const float *rows, const float *slope, const float *shift, float edge,
-                        const float *x, float scale, float *out, space s) {
+                        const float *weights, const float *x, float scale, float *out, space s) {
     const long H = p->H, W = p->W, pitch = p->pitch;
     for (long k = 0; k < p->K; k++, rows += H * p->m) {
         const long mirror = (W - k) % W;
         const float f = mirror == k ? edge : 1;
         swapped_column(p, rows, slope, shift, f, s.c);
+        if (weights && mirror == k) weigh(p, weights, s.c);
         fft(&p->along_h, s.c, s.a, s.spare);
         swapped_column(p, rows + 16, slope ? slope + 16 : NULL, slope ? shift + 16 : NULL, f, s.c);
+        if (weights && mirror == k) weigh(p, weights, s.c);
         fft(&p->along_h, s.c, s.b, s.spare);
         for (long h = 0; h < H; h++) {
             cv a = s.a[h], b = s.b[h], *row = s.grid + h * pitch;
@@ -306,7 +323,7 @@ INLINE void rows_to_map(const problem *p, const float *rows, const float *slope,
     }
     for (long h = 0; h < H; h++) {
         fft(&p->along_w, s.grid + h * pitch, s.a, s.spare);
-        scatter(p, s.a, x + h * p->line, scale, out + h * p->line);
+        scatter(p, s.a, 1, x + h * p->line, scale, out + h * p->line);
     }
 }
 '''
@@ -320,10 +337,7 @@ static void member(int64_t from, int64_t to, void *data) {  // one thread of the
     job *j = data;
     (void)from, (void)to;
     const problem *p = j->p;
-    const long longest = p->H > p->W ? p->H : p->W;
-    space s = {.grid = (cv *)(p->work + __atomic_fetch_add(&j->entered, 1, __ATOMIC_RELAXED) * p->work_size)};
-    s.a = s.grid + p->H * p->pitch, s.b = s.a + longest, s.c = s.b + longest, s.spare = s.c + longest;
-    s.block = (float *)(s.spare + 2 * longest), s.rows = s.block + p->H * p->m;
+    const space s = space_in(p, p->work + __atomic_fetch_add(&j->entered, 1, __ATOMIC_RELAXED) * p->work_size);
     for (long t; (t = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->tasks;)
         j->task(p, j->first + t / j->per_group, t % j->per_group, s);
 }
@@ -344,7 +358,7 @@ INLINE long in_rows(const problem *p, long g, long b) { return (g * p->B + b) * 
 
 static void to_rows(const problem *p, long g, long b, space s) {
     for (long c = 0; c < p->m / 2; c += 16)
-        map_to_rows(p, p->x + in_map(p, g, b) + c * p->channel, p->z + in_rows(p, g, b) + 2 * c, 1, s);
+        map_to_rows(p, p->x + in_map(p, g, b) + c * p->channel, p->z + in_rows(p, g, b) + 2 * c, 1, NULL, s);
 }
 
 INLINE void to_map(const problem *p, long g, long b, const float *rows, const int activated, float edge, space s) {
@@ -352,7 +366,7 @@ INLINE void to_map(const problem *p, long g, long b, const float *rows, const in
     for (long c = 0; c < p->m / 2; c += 16) {
         const long i = g * p->m + 2 * c;
         rows_to_map(p, rows + 2 * c, activated ? p->slope + i : NULL, activated ? p->shift + i : NULL, edge,
-                    p->x + at + c * p->channel, *p->alpha / (p->H * p->W), p->out + at + c * p->channel, s);
+                    activated ? p->edges : NULL, p->x + at + c * p->channel, *p->alpha / (p->H * p->W), p->out + at + c * p->channel, s);
     }
 }
 static void to_map_plain(const problem *p, long g, long b, space s) { to_map(p, g, b, p->y + in_rows(p, g, b), 0, 1, s); }
@@ -380,18 +394,19 @@ def run_native(
     groups: int,
     *,
     eps: float = 0,  # of a BatchNorm
-    **tensors: Tensor | int,  # fields of `Problem`, contiguous float32
+    **fields: Tensor | int,  # of `Problem`: contiguous float32; numbers, where they are not those of the Fourier transform
 ) -> None:
     "Call the function on a `Problem` of these tensors, with torch's number of threads where there is a team."
     B, C, H, W = x.shape
     K, m, pitch, channels_last = W // 2 + 1, 2 * C // groups, W | 1, not x.is_contiguous()
-    work_size = 16 * (H * pitch + 5 * max(H, W)) + H * m + K * H * m
-    threads = min(torch.get_num_threads(), B * groups) if parallel_for() else 1
-    tensors = dict(tensors, x=x, work=x.new_empty(threads * work_size))
-    p = Problem(B=B, C=C, H=H, W=W, K=K, G=groups, m=m, pitch=pitch, threads=threads, work_size=work_size, eps=eps,
+    sizes = dict(K=K, m=m, pitch=pitch, threads=B * groups, work_size=16 * (H * pitch + 5 * max(H, W)) + H * m + K * H * m)
+    sizes |= {name: fields.pop(name) for name in sizes.keys() & fields.keys()}
+    sizes['threads'] = min(torch.get_num_threads(), sizes['threads']) if parallel_for() else 1
+    p = Problem(B=B, C=C, H=H, W=W, G=groups, eps=eps, **sizes,
                 channel=1 if channels_last else H * W, line=W * C if channels_last else W, step=C if channels_last else 1,
                 along_w=plan(W), along_h=plan(H), parallel_for=parallel_for())
-    for name, value in tensors.items():
+    fields |= dict(x=x, work=x.new_empty(sizes['threads'] * sizes['work_size']))
+    for name, value in fields.items():
         if isinstance(value, Tensor):
             as_expected = value.is_contiguous() or channels_last and name in ('x', 'out') and value.is_contiguous(memory_format=torch.channels_last)
             if value.dtype != torch.float32 or not value.is_cpu or not as_expected: _refuse(name, value)
