@@ -42,11 +42,11 @@ endif
 	@echo "This page: $(HERE)/tables/, as .md, .csv, .html, .png. Executed notebooks, weights, curves and predictions: $(HERE)/runs/"
 
 measure: setup
-	@dvc repro --single-item measure
+	@dvc repro --single-item code measure
 
 pages: setup
 	@mkdir -p $(HERE)/metrics $(HERE)/../measured
-	@dvc repro --single-item table
+	@dvc repro --single-item code table
 	@cat $(HERE)/tables/results.md
 
 test: setup

@@ -1,5 +1,8 @@
 """Packages import only packages below them, and dvc.yaml names all that a stage depends on, and no more."""
+import ast
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +54,7 @@ def test_notebooks_stand_in_the_order_of_the_floors():
     ('measure', ['pose.pose_net', 'pose.flops', 'results.measure'], {'data', 'experiment', 'evaluation', 'results', 'files'}),  # of a network, not of a run
     ('table', ['results.pages', 'results.table', 'results.compare', 'results.published'], {'blocks', 'pose', 'data', 'timing'})])  # no network runs
 def test_a_stage_depends_on_all_code_that_decides_its_result(stage, modules, aside):
-    deps = {ROOT / dep for dep in STAGES[stage]['deps'] if dep.startswith('srl_pose/')}
+    deps = {ROOT / dep.replace('outputs/code', 'srl_pose') for dep in STAGES[stage]['deps'] if dep.startswith('outputs/code/')}
     assert all(dep.exists() for dep in deps)
     missing = {name for name, file in modules_behind(*modules).items() if not deps & {file, *file.parents}}
     assert {name for name in missing if name not in aside and name.partition('.')[0] not in aside} == set()
@@ -66,22 +69,48 @@ def code_hashes(tmp_path_factory):
     Repo.init(str(copy), no_scm=True)
 
     def hashes():
+        environment = {**os.environ, 'PYTHONPATH': str(copy)}
+        subprocess.run([sys.executable, '-m', 'dvc', 'repro', '--quiet', 'code'], cwd=copy, check=True, env=environment)
         with Repo(str(copy)) as repo:
-            return {(stage.name, dep.def_path): str(dep.get_hash()) for stage in repo.index.stages for dep in stage.deps if dep.def_path.startswith('srl_pose/')}
+            return {(stage.name, dep.def_path): str(dep.get_hash()) for stage in repo.index.stages for dep in stage.deps if dep.def_path.startswith('outputs/code/')}
     return copy, hashes
 
 
-def test_prose_changes_no_stage(code_hashes):
-    """A sentence more in every Markdown cell of every notebook, exported again."""
+def stages_of(names):
+    return {name.split('@')[0] for name, _ in names}
+
+
+def add_words(cell):
+    """A sentence in Markdown and in the line under a title; a comment in exported code."""
+    text = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown': text = re.sub('(?m)^> .*', r'\g<0> Another sentence.', text) + '\nOne more sentence.'
+    elif text.startswith('#| export'): text += '\n# A comment'
+    cell['source'] = text.splitlines(True)
+
+
+def add_to_docstrings(source):
+    lines = source.splitlines(True)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            line, at = node.body[0].value.lineno - 1, node.body[0].value.col_offset
+            at += 3 if lines[line][at:at + 3] == '"""' else 1
+            lines[line] = lines[line][:at] + 'In short: ' + lines[line][at:]
+    return ''.join(lines)
+
+
+def test_words_change_no_stage(code_hashes):
+    """More words in every notebook, exported again, and in every docstring."""
     copy, hashes = code_hashes
     before = hashes()
-    assert {name.split('@')[0] for name, _ in before} == set(STAGES)
+    assert stages_of(before) == set(STAGES) - {'code'}
     for path in (copy / 'nbs').rglob('*.ipynb'):
         notebook = json.loads(path.read_text())
-        for cell in notebook['cells']:
-            if cell['cell_type'] == 'markdown' and not cell['source'][0].startswith('# '): cell['source'].append('\nOne more sentence.')
+        for cell in notebook['cells']: add_words(cell)
         path.write_text(json.dumps(notebook))
     subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=copy, check=True)
+    for path in (copy / 'srl_pose').rglob('*.py'): path.write_text(add_to_docstrings(path.read_text()))
+    changed = (copy / 'srl_pose' / 'pose' / 'oks.py').read_text()
+    assert all(words in changed for words in ('Another sentence.', 'In short: ', '# A comment')) and 'One more sentence.' not in changed
     assert hashes() == before
 
 
@@ -89,11 +118,11 @@ def test_what_python_leaves_changes_no_stage_but_code_does(code_hashes):
     copy, hashes = code_hashes
     before = hashes()
     for folder in ('__pycache__', '.ipynb_checkpoints'):
-        (copy / 'srl_pose' / 'pose' / folder).mkdir()
+        (copy / 'srl_pose' / 'pose' / folder).mkdir(exist_ok=True)
         (copy / 'srl_pose' / 'pose' / folder / 'oks.py').write_text('1')
     assert hashes() == before
     with (copy / 'srl_pose' / 'pose' / 'oks.py').open('a') as file: file.write('x = 1\n')
-    assert {name.split('@')[0] for (name, dep), digest in hashes().items() if digest != before[name, dep]} == {'train', 'evaluate', 'measure'}
+    assert stages_of(key for key, digest in hashes().items() if digest != before[key]) == {'train', 'evaluate', 'measure'}
 
 
 def test_the_table_depends_on_all_metrics():
@@ -108,5 +137,5 @@ def test_a_cost_depends_on_no_data_and_no_training():
 def test_every_parameter_decides_something():
     """Each section of params.yaml except `machine` is watched by a stage."""
     sections = set(YAML(typ='safe').load((ROOT / 'params.yaml').read_text()))
-    watched = {p.split('.')[0] for s in STAGES.values() for p in s['params']}
+    watched = {p.split('.')[0] for s in STAGES.values() for p in s.get('params', [])}
     assert sections - {'machine'} == watched

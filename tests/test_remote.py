@@ -1,6 +1,7 @@
 """A row that was run on one machine is taken over by another, through a DVC remote."""
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -28,6 +29,8 @@ def test_a_pushed_row_is_pulled_and_shown_elsewhere(tmp_path):
     dvc(here, 'pull', '--remote', 'storage', 'train@tiny-0', 'evaluate@tiny-0', 'measure@tiny')
     for name in ('model.pt', 'best.pt', 'train.json', 'keypoints_val_results.json'):
         assert (run_folder(here) / name).read_bytes() == (run_folder(there) / name).read_bytes()
+    again = dvc(here, 'repro', 'evaluate@tiny-0', 'measure@tiny')
+    assert re.findall(r"Running stage '(.*?)'", again) == ['code'], again
     assert 'up to date' in dvc(here, 'status', 'evaluate@tiny-0', 'measure@tiny', '--with-deps')
     assert 'Running stage' in dvc(here, 'repro', '--single-item', 'table')
     metrics = json.loads((here / 'outputs/tiny/tiny/metrics/tiny-0.json').read_text())

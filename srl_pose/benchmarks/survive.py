@@ -27,7 +27,7 @@ import srl_pose
 from ..training.checkpoint import read_checkpoint
 from ..files import project_root, write_json
 from ..training.launch import alive
-from ..experiment.provenance import device_name
+from ..timing import device_name
 from ..sample.scenes import make_sample
 
 # %% ../../nbs/8_benchmarks/05_survive.ipynb #ed6526c6

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..data.coco import CocoPersons
 from ..experiment.experiment import Experiment, as_before
-from ..experiment.provenance import modules_behind
+from ..experiment.provenance import modules_behind, without_words
 from ..files import whole_file
 from ..blocks.spectral import SpectralBlock
 from ..pose.original import UNSAID, load_original, read_state
@@ -39,9 +39,9 @@ def _digest(text: str) -> str:
 
 
 def code_digest() -> str:
-    "Of torch's version and the source of `train` and of what it imports, without `LOOK_ON`."
+    "Of torch's version and the code of `train` and of what it imports, without `LOOK_ON`; comments and docstrings are no code."
     files = modules_behind('training.train', without=LOOK_ON)
-    return _digest(json.dumps([torch.__version__, [(name, files[name].read_text(encoding='utf-8')) for name in sorted(files)]]))
+    return _digest(json.dumps([torch.__version__, [(name, without_words(files[name].read_text(encoding='utf-8'))) for name in sorted(files)]]))
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #5e6e0c02
 def parameters(experiment: Experiment) -> dict:
