@@ -19,21 +19,23 @@
 #   make publish              keep metrics, costs and pages in results/, and write README.md
 PYTHON ?= python3.11
 VENV ?= .venv
-override VENV := $(abspath $(VENV))
+# Folders may have spaces and quotes in their names: no such name is a target, and recipes read them as the shell's own variables.
+override VENV := $(if $(filter /%,$(firstword $(VENV))),$(VENV),$(CURDIR)/$(VENV))
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The mark names the checkout that the environment serves, and what it was made from.
 MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
+export VENV MARK WANT DATA RECIPE TABLE
 
-.PHONY: table measure pages test survive gpu setup lab coco lspet sample publish readme chapters render site site-check
+.PHONY: table measure pages test survive gpu setup environment lab coco lspet sample publish readme chapters render site site-check
 
 # outputs/SET/RECIPE of params.yaml
 HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
 
 table: setup
 ifdef TABLE
-	@stages=$$(srl-pose rows '$(TABLE)') && dvc repro $$stages && dvc repro --single-item table
+	@stages=$$(srl-pose rows "$$TABLE") && dvc repro $$stages && dvc repro --single-item table
 	@cat $(HERE)/tables/table$(TABLE).md
 else
 	@dvc repro
@@ -60,25 +62,22 @@ survive: setup
 	OMP_NUM_THREADS=1 python -m pytest -m kill tests/test_survive.py
 
 setup:
-	@[ "$$(cat '$(MARK)' 2>/dev/null)" = '$(WANT)' ] || $(MAKE) --no-print-directory '$(MARK)'
-	@# the lock file records this machine's results: DVC keeps it, git leaves it alone; and the notebook hooks
-	@if git rev-parse --git-dir >/dev/null 2>&1; then \
-		git update-index --skip-worktree dvc.lock; git config include.path ../.gitconfig; fi
+	@[ "$$(cat "$$MARK" 2>/dev/null)" = "$$WANT" ] || $(MAKE) --no-print-directory environment
+	@scripts/git.sh
 
-.PHONY: $(MARK)
-$(MARK):
-	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON); say which Python >= 3.11: make PYTHON=..." >&2; exit 1; }
-	@[ -x '$(VENV)/bin/python' ] || $(PYTHON) -m venv '$(VENV)' || { rm -rf '$(VENV)'; exit 1; }
-	@rm -f '$@'
-	@echo "Installing the pinned packages into $(VENV) (about 6 GB with torch; a few minutes) ..."
+environment:
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no $(PYTHON); say which Python >= 3.11: make PYTHON=..." >&2; exit 1; }
+	@[ -x "$$VENV/bin/python" ] || "$(PYTHON)" -m venv "$$VENV" || { rm -rf "$$VENV"; exit 1; }
+	@rm -f "$$MARK"
+	@echo "Installing the pinned packages into $$VENV (about 6 GB with torch; a few minutes) ..."
 	@python -m pip install --quiet --constraint constraints.txt setuptools \
 		&& python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' \
-		|| { echo "error: the packages could not be installed into $(VENV): see above. This needs the network (a package" \
+		|| { echo "error: the packages could not be installed into $$VENV: see above. This needs the network (a package" \
 			"index) and about 6 GB of disk. Nothing else was changed; the same command tries again." >&2; exit 1; }
-	@echo '$(WANT)' > '$@'
+	@printf '%s\n' "$$WANT" > "$$MARK"
 
 coco lspet sample: setup
-	@srl-pose select $@ $(if $(DATA),--data '$(DATA)') $(if $(RECIPE),--recipe '$(RECIPE)')
+	@srl-pose select $@ $${DATA:+--data "$$DATA"} $${RECIPE:+--recipe "$$RECIPE"}
 
 lab: setup
 	jupyter lab nbs

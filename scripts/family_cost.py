@@ -4,16 +4,17 @@
     python scripts/family_cost.py --sizes 16x12 --channels 128 --rounds 3
 
 Per position and channel, forward and backward together, m channels in a group of the convolution: the convolution has 3m multiply-adds.
-`lo` transforms four times, H + W each, and sums the gradients of its two matrices, 2 (H + W). `dct` transforms four times with folded matrices.
+`lo` transforms four times, H + W each, and sums the gradients of its two matrices, 2 (H + W). `dct` transforms four times, by FFTs that count nothing here
+or, along sides with large prime factors, with folded matrices.
 The floor is their number over the rate at which a core runs the small product from the fastest cache, times the threads.
-The Fourier block is no product: it has no floor here.
+The Fourier block has no floor here.
 """
 import argparse
 import time
 from collections.abc import Callable
 
 import torch
-from srl_pose.blocks.cpu.matrix_native import CHECKED, folded, folds_of
+from srl_pose.blocks.cpu.matrix_native import CHECKED, FOURIER, cheapest, folded
 from srl_pose.blocks.cpu.native import native_library
 from srl_pose.blocks.cpu.native_fft import run_native
 from srl_pose.blocks.spectral import SpectralBlock
@@ -25,7 +26,7 @@ from srl_pose.timing import median_ratio, take_turns
 def multiply_adds(name: str, h: int, w: int, m: int) -> float:
     "Of `lo` or `dct`, per position and channel."
     if name == 'lo': return 3 * m + 6 * (h + w)
-    return 3 * m + 4 * sum(len(folded(torch.empty(n, n), folds_of(n))) / n for n in (h, w))
+    return 3 * m + 4 * sum(len(folded(torch.empty(n, n), cheapest(n))) / n for n in (h, w) if cheapest(n) != FOURIER)
 
 RATE = '''
 void rate(const problem *p) { for (long i = 0; i < 2000; i++) columns(96, 1, 0, 128, p->left, 128, 1, p->right, 16, p->out, 16, p->bias); }

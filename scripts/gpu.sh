@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that has to be known about a GPU, in nine minutes: see nbs/8_benchmarks/08_gpu.ipynb.
+# All that has to be known about a GPU, in nine minutes: see nbs/8_benchmarks/09_gpu.ipynb.
 #   scripts/gpu.sh [--wheels FOLDER] [--out FOLDER] [--data FOLDER] [--small] [options of python -m srl_pose.benchmarks.gpu]
 # PYTHON names the interpreter (default: python3). Nothing is downloaded: what is missing is named, and installed from a folder of wheels if one is given.
 set -euo pipefail
@@ -12,7 +12,8 @@ while [ $# -gt 0 ]; do
         *) rest+=("$1"); shift ;;
     esac
 done
-out=${out:-results/gpu}
+case " ${rest[*]-} " in *' --small '*) usual=outputs/gpu-small ;; *) usual=results/gpu ;; esac  # a trial must not replace what a GPU said
+out=${out:-$usual}
 
 # distribution:module of all that the run imports; pytest is wanted, not needed
 missing() {

@@ -2,6 +2,7 @@
 import json
 import pickle
 import shutil
+import warnings
 
 import cv2
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from srl_pose.data.check import check
 from srl_pose.data.coco import CocoPersons
 from srl_pose.pose.crops import Augmentation
 from srl_pose.data.annotations import read_annotations
+from srl_pose.evaluation.evaluate import evaluate, evaluate_results
 from srl_pose.files import DataError
 from srl_pose.pose.heatmap import Heatmaps
 from srl_pose.pose.keypoints import COCO_KEYPOINTS, KeypointSet
@@ -144,7 +147,7 @@ ALL = {  # what is broken: (how, file named by the message, field or reason name
     **{f'image without {key}': (dropped('images', key), FILE, f"images[1] has no '{key}'")
        for key in ('id', 'file_name', 'width', 'height')},
     **{f'annotation without {key}': (dropped('annotations', key), FILE, f"annotations[1] has no '{key}'")
-       for key in ('id', 'image_id', 'category_id', 'bbox', 'area', 'keypoints')},
+       for key in ('id', 'image_id', 'category_id', 'bbox', 'keypoints')},
     'category without id': (dropped('categories', 'id'), FILE, "categories[0] has no 'id'"),
     'no person category': (change('annotations', lambda d: d['categories'][0].update(id=2)), FILE, 'categories'),
     'other keypoints': (
@@ -157,13 +160,14 @@ ALL = {  # what is broken: (how, file named by the message, field or reason name
     'annotation id twice': (annotated('annotations', id=1), FILE, 'annotations[1].id 1 occurs twice'),
     'unknown image': (annotated('annotations', image_id=99), FILE, 'annotations[1].image_id must be the id of'),
     'huge id': (annotated('annotations', image_id=2**70), FILE, 'annotations[1].image_id'),
-    'box of three': (annotated('annotations', bbox=[1, 2, 3]), FILE, 'annotations[1].bbox'),
+    'box of three': (annotated('annotations', bbox=[1, 2, 3]), FILE, 'annotations[1].bbox must be 4 finite numbers, none beyond 1e10, has 3: [1, 2, 3]'),
     'box null': (annotated('annotations', bbox=None), FILE, 'annotations[1].bbox'),
     'box with text': (annotated('annotations', bbox=[1, 2, 3, '4']), FILE, 'annotations[1].bbox'),
     'box nan': (annotated('annotations', bbox=[1, 2, 3, float('nan')]), FILE, 'annotations[1].bbox'),
     'box infinite': (annotated('annotations', bbox=[1, 2, 3, float('inf')]), FILE, 'annotations[1].bbox'),
     'area nan': (annotated('annotations', area=float('nan')), FILE, 'annotations[1].area'),
-    'keypoints short': (annotated('annotations', keypoints=[1, 2, 2] * 16), FILE, 'annotations[1].keypoints'),
+    'keypoints short': (annotated('annotations', keypoints=[1, 2, 2] * 16), FILE, 'annotations[1].keypoints must be 51 finite numbers, none beyond 1e10, has 48'),
+    'keypoints null': (annotated('annotations', keypoints=[1, 2, 2] * 16 + [None, 0, 0]), FILE, 'but [48], x of right_ankle, is None'),
     'keypoints nan': (annotated('annotations', keypoints=[float('nan')] * 51), FILE, 'annotations[1].keypoints'),
     'keypoints nested': (annotated('annotations', keypoints=[[1, 2, 2]] * 17), FILE, 'annotations[1].keypoints'),
     'keypoints astronomic': (annotated('annotations', keypoints=[1e300] * 51), FILE, 'annotations[1].keypoints'),
@@ -314,17 +318,83 @@ def test_other_keypoints(root):
 
 
 @pytest.mark.parametrize('category, message', [
-    (dict(sigmas=[.1] * 4), 'sigmas: 4 numbers for 3 keypoints'), (dict(sigmas=[.1, .1, 0]), 'sigmas: all must be positive'),
+    (dict(sigmas=[.1] * 4), 'sigmas: 4 numbers for 3 keypoints'), (dict(sigmas=[.1, .1, 0]), 'sigmas: all must be positive, that of right_end is 0'),
+    (dict(sigmas=[.1, 'x', .1]), "sigmas must be numbers, sigmas[1] is 'x'"),
     (dict(sigmas=None), 'sigmas must be a list'), (dict(flip_pairs=[['left_end', 4]]), "flip_pairs: unknown keypoint '4'"),
-    (dict(flip_pairs=[[1, 2], [2, 3]]), 'flip_pairs: a keypoint occurs twice'), (dict(flip_pairs=[[1, 2, 3]]), 'is not a pair'),
-    (dict(skeleton=[[0, 1]]), "skeleton: unknown keypoint '0'"), (dict(skeleton='x'), 'skeleton must be a list'),
-    (dict(keypoints=['a', 'b', 'a']), 'names: a keypoint occurs twice'), (dict(keypoints=[1, 2, 3]), 'keypoints must be names'),
-    (dict(keypoints=[]), 'keypoints must be names'), (dict(keypoints='abc'), 'keypoints must be a list')])
+    (dict(flip_pairs=[[1, 2], [2, 3]]), 'flip_pairs: keypoint left_end occurs twice'), (dict(flip_pairs=[[1, 2, 3]]), 'is not a pair'),
+    (dict(keypoints=['a', 'b', 'a']), 'names: keypoint a occurs twice'), (dict(keypoints=[1, 2, 3]), 'keypoints must be names'),
+    (dict(keypoints=[]), 'keypoints must be names, the list is empty'), (dict(keypoints=['a', 2, 'c']), 'keypoints[1] is 2'), (dict(keypoints='abc'), 'keypoints must be a list')])
 def test_keypoints_that_make_no_sense(root, category, message):
     three_keypoints(root, **category)
     with pytest.raises(DataError) as caught:
         CocoPersons(root, 'val', input_size=SIZE)
     assert str(caught.value).startswith(f'{root / "annotations" / FILE}: categories: ') and message in str(caught.value)
+
+
+@pytest.mark.parametrize('skeleton, limbs', [
+    ([[0, 1], [0, 2]], 2), ([[1, 2], [4, 2]], 1), ('x', 0), (None, 0), ([[1]], 0), ([1, 2], 0), ([[1, 2, 3], [1, 3]], 1), ([['top', 'left_end']], 1), ([[True, 2.5]], 0)])
+def test_a_skeleton_is_only_drawn(root, skeleton, limbs):
+    """Counted from 0, or with joints beyond the list, it keeps nobody out."""
+    three_keypoints(root, skeleton=skeleton)
+    persons = CocoPersons(root, 'val', input_size=SIZE)
+    assert len(persons) == 3 and len(persons.keypoint_set.skeleton) == limbs
+    assert all(0 <= k < 3 for limb in persons.keypoint_set.skeleton for k in limb)
+    report = check(root)
+    assert report.errors == [] and ([f['kind'] for f in report.warnings if f['kind'] == 'categories.skeleton'] == []) == (skeleton == [['top', 'left_end']])
+
+
+def perfect(persons):
+    """Results of somebody who knows the answer."""
+    return [dict(image_id=int(i), category_id=1, keypoints=np.column_stack([k, np.ones(17)]).ravel().tolist(), score=1.) for i, k in zip(persons.image_id, persons.keypoints)]
+
+
+@pytest.mark.parametrize('edit, said', [
+    (lambda d: [a.update(id=i) for i, a in enumerate(d['annotations'])], 'annotations[0].id is 0, which COCOeval takes for no match'),
+    (lambda d: d['annotations'][1].update(num_keypoints=0), 'annotations[1].num_keypoints is 0, but 17 keypoints are labelled; the labels count'),
+    (lambda d: [a.update(num_keypoints=0) for a in d['annotations']], 'the labels count'),
+    (lambda d: d['annotations'][1].update(num_keypoints=17, keypoints=[0] * 51), 'annotations[1].num_keypoints is 17, but 0 keypoints are labelled')])
+def test_who_counts_is_the_same_for_training_and_evaluation(root, edit, said):
+    change('annotations', edit)(root)
+    persons = CocoPersons(root, 'val', input_size=SIZE)
+    scores = evaluate_results(persons.annotation_file, perfect(persons))
+    assert (scores['AP'], scores['AR']) == (1, 1)
+    fewer = evaluate_results(persons.annotation_file, perfect(persons)[1:])
+    assert fewer['AR'] == pytest.approx(1 - 1 / len(persons))
+    assert any(said in m for f in check(root).warnings for m in f['messages'])
+
+
+@pytest.mark.parametrize('kind, area', [('stand-in', lambda w, h: .53 * w * h), ('boxes', lambda w, h: w * h), ('share of boxes', lambda w, h: w * h / 2), ('placeholder', lambda w, h: 1)])
+def test_the_kind_of_area_is_said(root, kind, area):
+    change('annotations', lambda d: [a.update(bbox=[a['bbox'][0], 30, 40, 60 + i], area=area(40, 60 + i)) for i, a in enumerate(d['annotations'])])(root)
+    persons = CocoPersons(root, 'val', input_size=SIZE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        found = evaluate(torch.nn.Conv2d(3, 17, 4, 4), persons, resamples=3)
+    assert found.settings['area'] == kind and len(found.settings['area_over_box']) == 3
+    assert len(found.settings['warnings']) == (kind != 'stand-in') == sum('AP and AR depend on it' in str(w.message) for w in caught)
+    assert [f['kind'] for f in check(root).warnings if 'area' in f['kind']] == ['kind of area'] * (kind != 'stand-in')
+
+
+def as_floats(data):
+    for section, fields in (('images', ('id', 'width', 'height')), ('annotations', ('id', 'image_id', 'category_id', 'iscrowd', 'num_keypoints')), ('categories', ('id',))):
+        for entry in data[section]:
+            entry.update({field: float(entry[field]) for field in fields})
+
+
+@pytest.mark.parametrize('edit, said', [
+    (as_floats, 'annotations[0].image_id is 10.0, taken as 10 (and 2 more)'),
+    (lambda d: [a.update(iscrowd=False) for a in d['annotations']], 'annotations[0].iscrowd is False, taken as 0 (and 2 more)'),
+    (lambda d: [a.pop('area') for a in d['annotations']], 'annotations[0].area is missing, taken as 0.53 of the box (and 2 more)'),
+    (lambda d: d['annotations'][1].update(area=None), 'annotations[1].area is missing, taken as 0.53 of the box'),
+    (lambda d: d['annotations'].append(dict(id=9, image_id=10, category_id=3)), 'category_id 3 is in no category')])
+def test_what_other_tools_take_is_taken_and_said(root, edit, said):
+    before = CocoPersons(root, 'val', input_size=SIZE)
+    change('annotations', edit)(root)
+    persons = CocoPersons(root, 'val', input_size=SIZE)
+    assert np.array_equal(persons.keypoints, before.keypoints) and np.array_equal(persons.image_id, before.image_id)
+    assert evaluate_results(persons.annotation_file, perfect(persons))['AR'] == 1
+    report = check(root)
+    assert report.errors == [] and any(said in m for f in report.warnings for m in f['messages'])
 
 
 @pytest.mark.parametrize('workers', [0, 1, 2])

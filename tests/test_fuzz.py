@@ -17,6 +17,8 @@ from srl_pose.data.check import check
 from srl_pose.data.coco import CocoPersons
 from srl_pose.files import DataError
 from srl_pose.testing import keep_keypoints
+from srl_pose.use.boxes import boxes_from_file, check_boxes
+from srl_pose.use.frames import Frame
 from test_images import ARCHIVES
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'sample'
@@ -107,8 +109,8 @@ def harmless(name, section, field, value):
     """Values that are fine in this field, though unusual."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return (
-        (field == 'id' and section == 'annotations' and isinstance(value, int) and number and abs(value) < 2**53)
-        or (field == 'area' and number and 0 < value < 1e10) or (field == 'iscrowd' and value == 0 and isinstance(value, int))
+        (field == 'id' and section == 'annotations' and isinstance(value, int) and number and 0 < abs(value) < 2**53)
+        or (field == 'area' and number and 0 < value < 1e10) or (field == 'iscrowd' and value == 0 and isinstance(value, int) and number)
         or (field == 'score' and number and 0 <= value <= 1) or (field == 'skeleton' and value == [])
         or (name == DETECTIONS and field == 'category_id' and isinstance(value, int) and number and abs(value) < 2**53)
         or (name == DETECTIONS and field == 'bbox' and value in ([900, 900, 5, 5], [-90, -90, 5, 5], [9e9] * 4))
@@ -197,12 +199,40 @@ BROKEN_ANNOTATIONS = {
     'four tolerances': changed(lambda d: d['categories'][0].update(keypoints=list('abcde'), sigmas=[.1] * 4)),
     'nobody labelled': changed(lambda d: [a.update(keypoints=[0] * 51) for a in d['annotations']]),
     'only crowds': changed(lambda d: [a.update(iscrowd=1) for a in d['annotations']]),
+    'no tolerances and other faults': changed(lambda d: [
+        d['categories'][0].update(keypoints=[f'p{k}' for k in range(17)]), d['images'][1].update(file_name='gone.jpg'), d['annotations'][1].update(bbox=[1, 2, 3])]),
+    'more names than keypoints': changed(lambda d: d['categories'][0].update(keypoints=[f'p{k}' for k in range(21)], sigmas=[.1] * 21)),
+    'fewer names than keypoints': changed(lambda d: d['categories'][0].update(keypoints=['a', 'b'], sigmas=[.1] * 2)),
+    'nulls at the end': changed(lambda d: [a['keypoints'].__setitem__(slice(48, 51), [None, None, 0]) for a in d['annotations']]),
+    'empty list of names': changed(lambda d: d['categories'][0].update(keypoints=[])),
+    'names that are none': changed(lambda d: d['categories'][0].update(keypoints=['a', None, 'c'])),
+    'another category': changed(lambda d: [d['categories'][0].update(id=7), *(a.update(category_id=7) for a in d['annotations'])]),
+    'category 0': changed(lambda d: [d['categories'][0].update(id=0), *(a.update(category_id=0) for a in d['annotations'])]),
+    'a category of text': changed(lambda d: d['categories'][0].update(id='person')),
+    'no categories': changed(lambda d: d.update(categories=[])),
+    'several categories': changed(lambda d: [d['categories'].insert(0, dict(id=3, name='horse', keypoints=['tail'])), d['annotations'].insert(
+        0, dict(id=99999, image_id=d['images'][0]['id'], category_id=3, bbox=[1, 2, 30, 40], keypoints=[1, 2, 2]))]),
+    'a category without poses': changed(lambda d: d['annotations'].insert(0, dict(id=99999, image_id=d['images'][0]['id'], category_id=3))),
+    'sides in no pair': changed(lambda d: d['categories'][0].update(keypoints=[*d['categories'][0]['keypoints'][:16], 'the right ankle'], sigmas=[.1] * 17)),
+    'sides in wrong pairs': changed(lambda d: d['categories'][0].update(flip_pairs=[[1, 2], [3, 4]])),
+    'no sides': changed(lambda d: d['categories'][0].update(keypoints=[f'p{k}' for k in range(17)], sigmas=[.1] * 17)),
+    'skeleton from 0': changed(lambda d: d['categories'][0].update(skeleton=[[a - 1, b - 1] for a, b in d['categories'][0]['skeleton']])),
+    'skeleton beyond': changed(lambda d: d['categories'][0]['skeleton'].append([17, 23])),
+    'tolerances with text': changed(lambda d: d['categories'][0].update(sigmas=[.1] * 16 + ['.1'])),
+    'area dropped': changed(lambda d: [a.pop('area') for a in d['annotations']]), 'area null': changed(lambda d: [a.update(area=None) for a in d['annotations']]),
+    'crowd flags true and false': changed(lambda d: [a.update(iscrowd=i == 1) for i, a in enumerate(d['annotations'])]),
+    'ids with a point': changed(lambda d: [*(a.update(id=float(a['id']), image_id=float(a['image_id'])) for a in d['annotations']), *(i.update(id=float(i['id'])) for i in d['images'])]),
+    'ids from 0': changed(lambda d: [a.update(id=i) for i, a in enumerate(d['annotations'])]),
+    'num_keypoints 0': changed(lambda d: [a.update(num_keypoints=0) for a in d['annotations']]),
+    'areas of boxes': changed(lambda d: [a.update(area=a['bbox'][2] * a['bbox'][3]) for a in d['annotations']]),
+    'areas of 1': changed(lambda d: [a.update(area=1) for a in d['annotations']]),
     'no area': changed(lambda d: [a.update(area=0) for a in d['annotations']]),
     'ids equal as floats': changed(lambda d: [
         *(a.update(image_id=2**63 - 1) for a in d['annotations'] if a['image_id'] == d['images'][0]['id']), d['images'][0].update(id=2**63)])}
 BROKEN_DETECTIONS = {
     'empty': text('[]'), 'nobody': changed(lambda d: [x.update(category_id=2) for x in d]),
-    'none': changed(lambda d: d.append(None)), 'results of another set': changed(lambda d: [x.update(image_id=5) for x in d]),
+    'none': changed(lambda d: d.append(None)), 'ids with a point': changed(lambda d: [x.update(image_id=float(x['image_id']), category_id=1.) for x in d]),
+    'score null': changed(lambda d: d[0].update(score=None)), 'score of text': changed(lambda d: d[0].update(score='.5')), 'score a list': changed(lambda d: d[0].update(score=[.5])), 'results of another set': changed(lambda d: [x.update(image_id=5) for x in d]),
     'corners': changed(lambda d: [x.update(bbox=[x['bbox'][0], x['bbox'][1], 9000, 9000]) for x in d])}
 
 
@@ -247,6 +277,11 @@ def giant(size):
     return rewrite(change)
 
 
+def hole(fill):
+    """A sixth of a file, from its middle on, is missing or something else."""
+    return rewrite(lambda b: b[:len(b) // 2] + fill * (len(b) // 6) + b[len(b) // 2 + len(b) // 6:])
+
+
 EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n'
 BROKEN_IMAGES = {
     'missing': lambda f: f.unlink(), 'folder': replace(Path.mkdir), 'pipe': replace(os.mkfifo), 'link loop': replace(lambda f: f.symlink_to(f)),
@@ -259,6 +294,8 @@ BROKEN_IMAGES = {
     'PNG': saved('PNG'), 'BMP': saved('BMP'), 'WebP': saved('WEBP'), 'TIFF': saved('TIFF'), 'GIF': saved('GIF'), 'PNG cut': lambda f: [saved('PNG')(f), cut(3)(f)],
     'CMYK': saved('JPEG', lambda i: i.convert('CMYK')), 'transparent PNG': saved('PNG', lambda i: i.convert('RGBA')), '16 bits': deep_png,
     **{f'orientation {o}': saved('JPEG', exif=exif(o)) for o in (3, 6, 8, 9)},
+    **{f'{what}, {kind} JPEG': lambda f, fill=fill, options=options: [saved('JPEG', **options)(f), hole(fill)(f)]
+       for what, fill in (('hole', b''), ('zeros', b'\0'), ('ones', b'\xff')) for kind, options in (('plain', {}), ('progressive', dict(progressive=True)))},
     'turned by its tag': saved('JPEG', lambda i: i.rotate(90, expand=True), exif=exif(6)), **{f'cut {seed}': cut(seed) for seed in range(8)}}
 
 
@@ -318,6 +355,19 @@ def test_wrong_archive(root, case):
     assert message in error and message in report.errors[0]['messages'][0]
 
 
+@pytest.mark.parametrize('inside', ['', 'images/val/', 'some/other/'])
+def test_another_folder_inside_an_archive(root, inside):
+    counts = check(root, ['val'], detections=DETECTIONS).counts['val']
+    archive = pack(root)
+    with zipfile.ZipFile(archive) as old:
+        entries = {info.filename.removeprefix('val/'): old.read(info) for info in old.infolist() if not info.is_dir()}
+    archive.unlink()
+    add_entries(archive, {inside + name: data for name, data in entries.items()})
+    error, report = judge(root)
+    where = f'in {inside}' if inside else 'in no folder'
+    assert (error, report.errors, report.warnings, report.counts['val']) == (None, [], [], counts | {'images inside the archive': where})
+
+
 def test_all_entries_of_an_archive_are_looked_at(root):
     image, other, _ = sorted((root / 'images/val').iterdir())
     data, name = image.read_bytes(), other.name
@@ -344,6 +394,21 @@ def test_damaged_bytes(root, seed):
     for _ in range(rng.choice((1, 3, 20))):
         content[min(start + rng.randrange(200), len(content) - 1)] = rng.choice((rng.randrange(256), ord(rng.choice('0123456789[]{},"-e.'))))
     file.write_bytes(content)
+    judge(root)
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_several_faults_at_once(root, seed):
+    """In categories, annotations, boxes and images: nothing crashes, and reader and checker agree."""
+    rng = random.Random(seed)
+    for name, cases in ((ANNOTATIONS, BROKEN_ANNOTATIONS), (DETECTIONS, BROKEN_DETECTIONS)):
+        for case in rng.sample(sorted(cases), 3 if name == ANNOTATIONS else 1):
+            try:
+                cases[case](root / name)
+            except (KeyError, IndexError, TypeError, AttributeError):
+                pass  # what it changes is broken already
+    for image in rng.sample(sorted((root / 'images/val').iterdir()), rng.choice((0, 1))):
+        BROKEN_IMAGES[rng.choice(sorted(BROKEN_IMAGES))](image)
     judge(root)
 
 
@@ -446,9 +511,62 @@ def test_output_is_whole(root, tmp_path, broken, monkeypatch):
     assert {f.name: f.read_bytes() for f in (tmp_path / 'out').iterdir()} == files  # the old ones, and nothing else
 
 
+@pytest.mark.parametrize('change', [
+    lambda d: d['categories'][0].update(keypoints=[f'p{k}' for k in range(17)]), lambda d: d['categories'][0].update(keypoints=[]),
+    lambda d: [d['categories'][0].update(id=7), *(a.update(category_id=7) for a in d['annotations'])],
+    lambda d: [d['categories'].append(dict(id=2, name='horse')), *(a.update(category_id=2) for a in d['annotations'][-2:])]],
+    ids=['no tolerances', 'no names', 'another category', 'two categories'])
+def test_one_fault_does_not_hide_others(root, change):
+    """Whatever is wrong with the category: persons, images and boxes are looked at as well."""
+    def faults(d):
+        d['annotations'][1].update(bbox=[1, 2, 3])
+        d['annotations'][2].update(bbox=[900, 900, 5, 5])
+        d['annotations'][3]['keypoints'][2] = 5
+    edit(root, ANNOTATIONS, faults)
+    sorted((root / 'images/val').iterdir())[1].unlink()
+    edit(root, DETECTIONS, lambda d: d[0].update(score=3))
+    expected = {f['kind'] for f in check(root, ['val'], detections=DETECTIONS).errors + check(root, ['val'], detections=DETECTIONS).warnings}
+    assert expected >= {'annotations.bbox', 'image missing', 'box outside the image', 'visibility flag', 'detections.score'}
+    edit(root, ANNOTATIONS, change)
+    report = check(root, ['val'], detections=DETECTIONS)
+    assert {f['kind'] for f in report.errors + report.warnings} >= expected
+    assert report.counts['val']['persons to train on'] > 0
+
+
+def test_what_a_file_does_not_say_can_be_said(root):
+    edit(root, ANNOTATIONS, lambda d: d['categories'][0].update(keypoints=[f'p{k}' for k in range(17)]))
+    report = check(root, ['val'], sigmas=[.1], flip_pairs=[('p1', 'p2'), (4, 5)])
+    assert report.errors == [] and report.counts['val']['flip pairs'] == 2
+    assert 'p3 – p4' in str(report) and 'training and evaluation read them from this file' in str(report)
+    assert 'sigmas: 2 numbers for 17 keypoints' in str(check(root, ['val'], sigmas=[.1, .2]))
+
+
 def test_lists_are_capped(root):
     edit(root, ANNOTATIONS, lambda d: [a.update(bbox=[1, 2, 3]) for a in d['annotations']])
     report = judge(root)[1]
     found, = (f for f in report.errors if f['kind'] == 'annotations.bbox')
     assert len(found['messages']) == report.listed < found['count']
     assert f'and {found["count"] - report.listed} more' in str(report)
+
+
+@pytest.mark.parametrize('value', VALUES, ids=lambda v: re.sub(r'\W+', '-', repr(v))[:24])
+@pytest.mark.parametrize('field', ['bbox', 'score', 'category_id', 'image_id', 'file_name'])
+def test_wrong_box_to_predict_in(tmp_path, field, value):
+    """A box file either serves an image, or costs it, or is refused as a whole: always by name, and the other image has its box."""
+    file, image = tmp_path / 'boxes.json', np.zeros((48, 64, 3), np.uint8)
+    good = dict(image_id=1, category_id=1, bbox=[1, 2, 30, 40], score=0.9)
+    file.write_text(json.dumps([good, good | dict(image_id=2) | {field: value}]))
+    try:
+        first, second = boxes_from_file(file, threshold=0.5)([Frame('1.jpg', image), Frame('2.jpg', image)])
+    except DataError as error:
+        assert str(error).startswith(f'{file}: ')
+        return
+    for found in (first, second):
+        try:
+            if isinstance(found, DataError): raise found
+            boxes, scores = check_boxes(*found, (64, 48), 'image')
+        except DataError as error:
+            assert re.match(rf'{re.escape(str(file))}: \[1\]|image: boxes\[\d\] is', str(error)), error
+        else:
+            assert np.isfinite(boxes).all() and np.isfinite(scores).all()
+    assert isinstance(first, tuple) or field in ('image_id', 'file_name')

@@ -19,7 +19,7 @@ from srl_pose.data import images as module
 from srl_pose.data.coco import CocoPersons
 from srl_pose.pose.crops import Augmentation, apply_matrix, crop_matrix
 from srl_pose.files import DataError, project_root
-from srl_pose.data.images import ArchiveImages, FolderImages, open_cache
+from srl_pose.data.images import ArchiveImages, FolderImages, open_cache, open_images
 
 SAMPLE, SIZE = project_root(Path(__file__).parent) / 'sample', (96, 128)
 EVERYTHING = Augmentation(half_body_probability=0.5, dropout_probability=0.5)
@@ -206,7 +206,7 @@ ARCHIVES = {
     'cut': (lambda f: f.write_bytes(f.read_bytes()[:-500]), 'is not a readable zip archive'),
     'beginning lost': (lambda f: f.write_bytes(f.read_bytes()[9000:]), 'image cannot be read'),
     'entry missing': (repack(lambda e: e.pop(first(e))), 'image is missing'),
-    'other folder': (repack(lambda e: [e.update({'x/' + n: e.pop(n)}) for n in list(e)]), 'image is missing'),
+    'two other folders': (repack(lambda e: [e.update({f'{x}/{n}': e[n] for x in 'xy'}) or e.pop(n) for n in list(e)]), 'image is missing'),
     'entry above': (repack(lambda e: e.update({'../' + first(e): e.pop(first(e))})), 'image is missing'),
     'entry a folder': (repack(lambda e: e.update({first(e) + '/': b'', 'x': e.pop(first(e))})), 'image is missing'),
     'entry empty': (repack(lambda e: e.update({first(e): b''})), 'image is empty'),
@@ -231,6 +231,31 @@ def test_bad_archives(some, tmp_path, case):
     assert text.startswith(str(archive)) and message in text and len(text.splitlines()) == 1
     assert case in ('empty file', 'text', 'cut') or '.jpg' in text
     assert [p.name for p in archive.parent.iterdir()] == ['val.zip']  # nothing unpacked
+
+
+@pytest.mark.parametrize('move', [lambda n: n.removeprefix('val/'), lambda n: f'images/{n}', lambda n: f'data set/x/{n[4:]}'], ids=['flat', 'images before', 'elsewhere'])
+def test_another_folder_inside_an_archive(some, tmp_path, move):
+    images, _ = some
+    archive = tmp_path / 'packed/val.zip'
+    repack(lambda e: [e.update({move(n): e.pop(n), '__MACOSX/._a.jpg': b'x'}) for n in list(e) if not n.endswith('/')])(archive)
+    packed = ArchiveImages(archive, images.names)
+    packed.check()
+    assert all(np.array_equal(packed.read(i), images.read(i)) for i in range(6))
+    assert set(images.names) <= set(packed.listed())
+    assert str(packed.file(0)) == f'{archive}/{move(f"val/{images.names[0]}")}'
+    assert np.array_equal(pickle.loads(pickle.dumps(packed)).read(5), images.read(5))
+
+
+def test_a_folder_inside_a_folder(some, tmp_path):
+    """As `unzip val.zip` in a folder `val` leaves it."""
+    images, _ = some
+    (tmp_path / 'images/val').rename(tmp_path / 'val')
+    (tmp_path / 'images/val').mkdir()
+    (tmp_path / 'val').rename(tmp_path / 'images/val/val')
+    open_images(tmp_path / 'images/val', images.names).check()
+    shutil.copy(tmp_path / 'images/val/val' / images.names[0], tmp_path / 'images/val')
+    with pytest.raises(DataError, match=f'images/val/{images.names[1]}: image is missing'):  # some are here, so this is the folder
+        open_images(tmp_path / 'images/val', images.names).check()
 
 
 def test_a_data_set_of_archives_trains_and_says_what_is_wrong(tmp_path):

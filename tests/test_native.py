@@ -24,9 +24,10 @@ build_anew = native_library.__wrapped__  # without the memory of this process
 
 
 @needs_cc
+@pytest.mark.parametrize('more', [(), ('-U__AVX512F__',)], ids=['long registers', 'short registers'])
 @pytest.mark.parametrize('source', [SOURCE, MATRIX_SOURCE], ids=['spectral', 'matrix'])
-def test_the_source_compiles_without_warnings(source, tmp_path):
-    assert build_anew(source, cache=tmp_path, flags=(*FLAGS, '-Wall', '-Wextra', '-Werror')) is not None
+def test_the_source_compiles_without_warnings(source, more, tmp_path):
+    assert build_anew(source, cache=tmp_path, flags=(*FLAGS, '-Wall', '-Wextra', '-Werror', *more)) is not None
     assert runs_native(torch.zeros(2, 128, 8, 6), 8) and matrix_runs_native(torch.zeros(2, 32, 8, 6), 2)
 
 
@@ -70,11 +71,11 @@ for B, C, H, W in [(3, 16, 9, 6), (2, 32, 7, 13), (2, 64, 1, 10), (1, 16, 11, 1)
 from srl_pose.blocks.cpu import matrix_native
 of_matrices = native_library(matrix_native.MATRIX_SOURCE, cache=Path(sys.argv[1]), flags=tuple(flags.split()))
 matrix_native.matrix_library = lambda: of_matrices
-for B, C, H, W in [(3, 32, 9, 6), (2, 64, 1, 10), (1, 32, 37, 1), (2, 32, 28, 31), (2, 32, 27, 31)]:
+for B, C, H, W in [(3, 32, 9, 6), (2, 64, 1, 10), (1, 32, 37, 1), (1, 32, 25, 16), (2, 32, 28, 31), (2, 32, 27, 31)]:
     for layout in (torch.contiguous_format, torch.channels_last):
         m = torch.randn(B, C, H, W).contiguous(memory_format=layout)
         weight, vector, one = torch.randn(C, C // 2, 1, 1), torch.randn(C), torch.ones(1)
-        for folds in ([0, 0], [matrix_native.folds_of(H), matrix_native.folds_of(W)]):
+        for folds in ([0, 0], [matrix_native.folds_of(H), matrix_native.folds_of(W)], [matrix_native.FOURIER, 0], [0, matrix_native.FOURIER], [matrix_native.FOURIER] * 2):
             matrices = [matrix_native.folded(torch.randn(n, n), f) / n for n, f in zip((H, W), folds)]
             out, *rest = matrix_native.matrix_forward(m, weight, vector, vector, vector, one, *matrices, folds, 1e-5, 2)
             for needs in ((True, True), (True, False), (False, True), (False, False)):
@@ -172,8 +173,38 @@ def test_a_folder_in_which_nothing_may_be_executed(tmp_path, monkeypatch, caplog
     noexec, places[:] = [cache], []
     assert build_anew(number, cache=cache).number() == 7 and places == [cache, temporary]
     noexec = [cache, temporary]
-    assert build_anew(number, cache=cache) is None and 'cannot be loaded' in caplog.text
+    assert build_anew(number, cache=cache) is None and 'cannot be built and loaded' in caplog.text
     assert not list(cache.iterdir()) and not list(temporary.iterdir())
+
+
+@needs_cc
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+    """On a disk that is read-only or full the library is built in TMPDIR, or used without being kept: either way native code runs."""
+    number, cache, folder = 'int number(void) { return 8; }', tmp_path / 'cache', native.tempfile.TemporaryDirectory
+
+    def read_only(dir=None):
+        if dir == cache: raise OSError(30, 'Read-only file system')
+        return folder(dir=dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native.tempfile, 'TemporaryDirectory', read_only)
+        assert build_anew(number, cache=cache).number() == 8
+    def full(number): raise OSError(28, 'No space left on device')
+    with monkeypatch.context() as patch:
+        patch.setattr(native.os, 'fsync', full)
+        assert build_anew(number, cache=cache).number() == 8
+    assert not list(cache.iterdir()) and 'is not kept in' in caplog.text and 'No space left' in caplog.text
+    assert build_anew(number, cache=cache).number() == 8 and len(list(cache.iterdir())) == 1
+
+
+@needs_cc
+def test_which_form_runs_is_said_once(tmp_path, caplog):
+    """To the log: a note where native code runs, a warning where it does not."""
+    caplog.set_level('INFO')
+    for compiler, words in (None, 'native code: '), ('no-such-compiler', 'torch operations are used instead'):
+        caplog.clear()
+        for _ in range(3): native.native_library('int number(void) { return 9; }', compiler, tmp_path)
+        assert [words in record.message for record in caplog.records] == [True]
 
 
 def test_a_compiler_without_a_version_is_none():

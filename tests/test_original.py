@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from srl_pose.experiment.params import load_set
 from srl_pose.pose.original import load_original
-from srl_pose.pose.pose_net import BLOCKS, DECONVS, PoseResNet
-from srl_pose.testing import read_upper
+from srl_pose.pose.pose_net import BLOCKS, DECONVS, PLACES, PoseResNet
+from srl_pose.testing import randomize_pose_net, read_upper
+from srl_pose.training.checkpoint import CheckpointError, load_start, save_checkpoint
 
 PORTS = {'18_fft_111'}  # in pose_resnet.npz of a port with today's inverse; torch14_models.npz is of the released code
 
@@ -212,3 +214,39 @@ def test_code_in_a_file_does_not_run(tmp_path):
     with pytest.raises(ValueError, match='not a readable checkpoint'):
         load_original(tmp_path / 'evil.pth')
     assert not (tmp_path / 'ran').exists()
+
+
+@pytest.fixture(scope='module')
+def baselines(tmp_path_factory):
+    "A trained network without blocks, as a checkpoint of ours and as somebody else's; an image, and what they make of it"
+    folder, network = tmp_path_factory.mktemp('baselines'), randomize_pose_net(PoseResNet('resnet18'), (64, 96))
+    experiment = load_set('sample')['none']
+    save_checkpoint(folder / 'ours.pt', network, experiment, {})
+    torch.save({'state_dict': {f'module.{name}': t for name, t in network.state_dict().items()}}, folder / 'theirs.pth')
+    x = torch.randn(1, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): return x, {folder / 'ours.pt': network(x), folder / 'theirs.pth': network(x.flip(1))}  # theirs has learned BGR
+
+
+@pytest.mark.parametrize('block', BLOCKS)
+def test_a_baseline_starts_a_network_with_blocks(baselines, block):
+    "Every block at every place, with the same outputs before any training."
+    x, expected = baselines
+    options = dict(alpha=True) if block == 'lo' else {}  # as released it is no identity at initialisation
+    for place in (*PLACES, DECONVS, ('layer2/2', 'deconv2')):
+        network, said = PoseResNet('resnet18', block=block, block_after=place, block_options=options, input_size=(64, 96)).eval(), []
+        for file, heatmaps in expected.items():
+            load_start(network, file, say=said.append)
+            with torch.no_grad(): found = network(x)
+            torch.testing.assert_close(found, heatmaps, rtol=0, atol=0 if file.suffix == '.pt' else 1e-5 * heatmaps.abs().max().item())
+            assert 'tensors start new' in said[-1]
+
+
+def test_blocks_are_found_at_other_numbers(baselines, tmp_path):
+    "One block of a checkpoint, and two in the network; and a checkpoint's block that the network has not is refused."
+    x, one = baselines[0], randomize_pose_net(PoseResNet('resnet18', block='fft', block_after='deconv2'), (64, 96))
+    save_checkpoint(tmp_path / 'one.pt', one, load_set('sample')['fft'], {})
+    several = PoseResNet('resnet18', block='fft', block_after=['layer3', 'deconv1', 'deconv2']).eval()
+    load_start(several, tmp_path / 'one.pt', say=lambda text: None)
+    with torch.no_grad(): assert torch.equal(several(x), one(x))
+    with pytest.raises(CheckpointError, match=r'deconv_layers.6.alpha \(block of deconv2\) has no place in this network'):
+        load_start(PoseResNet('resnet18', block='fft', block_after='deconv1'), tmp_path / 'one.pt', say=lambda text: None)

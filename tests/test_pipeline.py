@@ -6,14 +6,18 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from srl_pose.experiment.params import ParameterError, load_experiments, load_set
 from srl_pose.experiment.provenance import imports_of, modules_behind
-from srl_pose.training.checkpoint import LOOK_ON
+from srl_pose.training.checkpoint import LOOK_ON, parameters
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
@@ -139,3 +143,90 @@ def test_every_parameter_decides_something():
     sections = set(YAML(typ='safe').load((ROOT / 'params.yaml').read_text()))
     watched = {p.split('.')[0] for s in STAGES.values() for p in s.get('params', [])}
     assert sections - {'machine'} == watched
+
+
+def table_of_what_runs_again():
+    """Columns of the table in the notebook of checkpoints, by the pattern of a parameter's name."""
+    cells = json.loads((ROOT / 'nbs' / '4_training' / '09_checkpoint.ipynb').read_text())['cells']
+    lines = [line for cell in cells if cell['cell_type'] == 'markdown' for line in ''.join(cell['source']).splitlines() if line.startswith('| `data.')
+             or re.match(r'\| `\w+\.\*`', line)]
+    table = {}
+    for line in lines:
+        names, *cells = (cell.strip() for cell in line.strip('|').split('|'))
+        table |= {name.strip('` '): dict(zip(('train', 'evaluate', 'measure'), (cell == 'yes' for cell in cells), strict=True)) for name in names.split(',')}
+    return table
+
+
+def another(value):
+    """Some other value of its kind."""
+    kinds = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value * 0.7 + 0.01, str: lambda: value + 'x', list: lambda: [*value, 7], dict: lambda: {**value, 'x': 1}}
+    return 'x' if value is None else kinds[type(value)]()
+
+
+EXPERIMENT = load_set('sample')['fft']
+VALUES = EXPERIMENT.model_dump(mode='json', include={'data', 'model', 'train', 'evaluate', 'machine'})
+KEYS = [(section, key) for section, values in VALUES.items() for key in values]
+
+
+@pytest.fixture(scope='module')
+def watched(tmp_path_factory):
+    """What DVC compares of each stage but code, for values of params.yaml and of its one row; stages that use results of others follow."""
+    copy = tmp_path_factory.mktemp('watched')
+    for name in ('settings.ini', 'dvc.yaml', '.dvcignore'): shutil.copy(ROOT / name, copy)
+    Repo.init(str(copy), no_scm=True)
+
+    def stages(values, row):
+        parts = {s: {} for s in ('model', 'train', 'evaluate')}
+        whole = dict(set='s', recipe='r', seeds=[0], **values, recipes=dict(r=parts), rows=dict(a=parts | row))
+        (copy / 'params.yaml').write_text(json.dumps(whole))
+        with Repo(str(copy)) as repo:
+            return {stage.name.split('@')[0]: [stage.cmd, [(dep.def_path, dep.read_params() if isinstance(dep, ParamsDependency) else None) for dep in stage.deps]]
+                    for stage in repo.index.stages}
+    return stages
+
+
+@pytest.mark.parametrize('section,key', KEYS, ids=lambda name: name)
+@pytest.mark.parametrize('where', ['shared', 'row'])
+def test_a_parameter_runs_again_what_reads_it_and_no_more(watched, section, key, where):
+    """As DVC sees it, as the identity of training does, and as the table in the notebook says."""
+    if where == 'row' and section in ('data', 'machine'): pytest.skip('rows do not have this section')
+    table = table_of_what_runs_again()
+    said = table.get(f'{section}.{key}') or table[f'{section}.*']
+    value, row = another(VALUES[section][key]), {}
+    changed = {**VALUES, section: {**VALUES[section], key: value}} if where == 'shared' else VALUES
+    if where == 'row': row = {section: {key: value}}
+    before, after = watched(VALUES, {}), watched(changed, row)
+    again = {name for name in before if before[name] != after[name]}
+    if 'train' in again: again.add('evaluate')
+    assert {name: name in again for name in said} == said
+    assert ('table' in again) == any(said.values())
+    part = getattr(EXPERIMENT, section).model_copy(update={key: value})
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of values that are none of this key
+        assert (parameters(EXPERIMENT.model_copy(update={section: part})) != parameters(EXPERIMENT)) == said['train']
+
+
+@pytest.mark.parametrize('name', ["tiny;touch X", "$(touch X)", "`touch X`", "a'; touch X; '", 'a" ; touch X ; "', '../up', '-x', 'a b', ''])
+@pytest.mark.parametrize('where', ['rows', 'recipes', 'set'])
+def test_a_name_is_checked_before_a_shell_can_read_it(tmp_path, name, where):
+    """The command of every stage, as DVC gives it to the shell, with a stand-in that says what it is called with."""
+    for file in ('settings.ini', 'dvc.yaml', '.dvcignore'): shutil.copy(ROOT / file, tmp_path)
+    parts = {s: {} for s in ('model', 'train', 'evaluate')}
+    given = dict(rows='tiny', recipes='r', set='s') | {where: name}
+    values = dict(set=given['set'], recipe=given['recipes'], seeds=[0], data=dict(root='data', train='train', val='val'), **parts, machine={}, recipes={given['recipes']: parts}, rows={given['rows']: parts})
+    (tmp_path / 'params.yaml').write_text(json.dumps(values))
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'srl-pose').write_text(f'#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n')
+    (tmp_path / 'bin' / 'srl-pose').chmod(0o755)
+    Repo.init(str(tmp_path), no_scm=True)
+    with Repo(str(tmp_path)) as repo:
+        try:
+            commands = [stage.cmd for stage in repo.index.stages if stage.name != 'code']  # which is not told any name
+        except (AssertionError, DvcException):
+            commands = []  # refused before any shell; an empty name by an assertion
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env={'PATH': f'{tmp_path}/bin:/usr/bin:/bin'}, capture_output=True, text=True, check=True)
+        words = json.loads(done.stdout)
+        if where == 'rows' and '--row' in words: assert words[words.index('--row') + 1] == name
+    assert not (tmp_path / 'X').exists()
+    with pytest.raises(ParameterError, match='a name is made of letters'): load_experiments(tmp_path / 'params.yaml')

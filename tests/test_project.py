@@ -1,4 +1,5 @@
 """The project keeps its promises: notebooks clean and exported, stages thin, one notebook per module."""
+import ast
 import configparser
 import filecmp
 import json
@@ -164,14 +165,6 @@ def test_versions_are_pinned_and_agree():
     assert all('==' in line for line in lines) and any(line.startswith('torch==') for line in lines)
 
 
-def test_the_committed_lock_records_no_machine():
-    """dvc.lock is committed empty; what a machine's own runs write into it stays there."""
-    committed = subprocess.run(['git', 'show', 'HEAD:dvc.lock'], cwd=ROOT, capture_output=True, text=True)
-    if committed.returncode:
-        pytest.skip('not a git checkout')
-    assert committed.stdout == "schema: '2.0'\nstages: {}\n", 'run make setup before dvc, so that git leaves dvc.lock alone'
-
-
 def test_torch_hub_finds_the_block():
     """hubconf.py works from a local path, and what it hands out is the package's own."""
     block = torch.hub.load(str(ROOT), 'spectral_block', source='local', channels=16)
@@ -211,3 +204,18 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'srl-pose predict photos/' in done.stdout
+
+
+# of modules of the standard library: what there is on Linux and not on every macOS
+LINUX_ONLY = dict(os={'fdatasync', 'sched_getaffinity', 'sched_setaffinity', 'posix_fadvise', 'posix_fallocate', 'memfd_create', 'splice', 'copy_file_range', 'eventfd',
+                      'pidfd_open', 'preadv', 'pwritev', 'getxattr', 'setxattr', 'O_DIRECT', 'O_TMPFILE', 'O_PATH', 'O_NOATIME'},
+                  mmap={'MAP_POPULATE', 'MADV_HUGEPAGE'}, signal={'sigtimedwait', 'sigwaitinfo', 'SIGRTMIN'}, select={'epoll'}, resource={'prlimit'}, time={'CLOCK_BOOTTIME'})
+
+
+def test_what_macos_does_not_have_is_asked_for():
+    """Each use of such a name stands in a module that asks `hasattr` for it."""
+    for path in (ROOT / 'srl_pose').rglob('*.py'):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr in LINUX_ONLY.get(node.value.id, ()):
+                assert f"hasattr({node.value.id}, '{node.attr}')" in text, f'{path}: {node.value.id}.{node.attr} is not on macOS'

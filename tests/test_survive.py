@@ -10,7 +10,7 @@ import pytest
 import torch
 from srl_pose.training.checkpoint import read_checkpoint
 from srl_pose.files import project_root
-from srl_pose.benchmarks.survive import Command, kill_one, make_project, run_folder, survive
+from srl_pose.benchmarks.survive import CONTAINER, Command, kill_one, make_project, run_folder, same_weights, survive
 
 slow = pytest.mark.kill  # run by `make survive`, not by `make test`
 
@@ -37,6 +37,42 @@ def test_a_killed_stage_ends_with_the_same_weights(tmp_path):
     report = survive(tmp_path / 'work', {'dvc repro': ['kernel', 'dvc repro'], 'torchrun': ['launcher']}, epochs=2)
     assert report['passed'], json.dumps(report, indent=1)
     assert report['survived'] == 3 and all(s['identical'] for s in report['series'])
+
+
+@slow
+def test_process_1_of_a_container_may_be_the_launcher(tmp_path):
+    """Of torchrun, and of `train` itself; killed and started again."""
+    if subprocess.run([*CONTAINER, 'true']).returncode: pytest.skip('no namespaces for processes here')
+    report = survive(tmp_path / 'work', {'torchrun in a container': ['launcher'], 'python in a container': ['launcher']}, epochs=2)
+    assert report['passed'], json.dumps(report, indent=1)
+
+
+@slow
+@pytest.mark.parametrize('name', ['torchrun', 'python', 'dvc repro'])
+def test_a_polite_end_is_survived(killed, tmp_path, name):
+    """SIGTERM, as a cluster sends it before it kills."""
+    project = make_project(tmp_path / 'project', epochs=2)
+    command = Command(name, project, 0)
+    found = kill_one(command, 'dvc repro' if name == 'dvc repro' else 'launcher', 5, 0.0, signal.SIGTERM)
+    assert found['killed'] and found['status'] != 0 and found['orphans'] == [] and found['seconds_to_end'] < 40
+    again = Command(name, project, 1)
+    assert again.wait() == 0 and 'continuing at epoch' in again.log.read_text()
+    assert same_weights(project, killed[1] / 'untouched')
+
+
+@slow
+def test_another_rate_and_back_again_loses_nothing(killed, tmp_path):
+    """Each `dvc repro` is interrupted; the last one goes on where the first one stood."""
+    project, params = make_project(tmp_path / 'project', epochs=2), tmp_path / 'project' / 'params.yaml'
+    first = params.read_text()
+    for number, text in enumerate([first, first.replace('batch_size: 8,', 'batch_size: 8, learning_rate: 0.01,')]):
+        params.write_text(text)
+        assert kill_one(Command('dvc repro', project, number), 'dvc repro', 5, 0.0)['orphans'] == []
+    params.write_text(first)
+    command = Command('dvc repro', project, 2)
+    assert command.wait() == 0
+    assert 'set aside as last-' in command.log.read_text() and 'continuing at epoch' in command.log.read_text()
+    assert same_weights(project, killed[1] / 'untouched')
 
 
 @slow

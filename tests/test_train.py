@@ -1,13 +1,15 @@
 """Training over several processes, every option, exact continuation, and from a checkpoint to predictions."""
 import json
 import os
+import subprocess
 
 import pytest
 import torch
 
 from srl_pose.training.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from srl_pose.experiment.experiment import Experiment
-from srl_pose.training.launch import WorkerError
+from srl_pose.files import project_root
+from srl_pose.training.launch import WorkerError, gather, launch, rank_and_world
 from srl_pose.pose.pose_net import PoseResNet
 from srl_pose.sample.scenes import make_sample
 from srl_pose.training.train import fit, train
@@ -84,6 +86,33 @@ def test_two_processes_with_sync_batchnorm_are_one_process(experiment, tmp_path)
         assert a == pytest.approx(b, rel=0.05, abs=0.02)
     alphas = [weights(tmp_path / name)['deconv_layers.3.alpha'].item() for name in ('one', 'sync')]
     assert alphas[1] == pytest.approx(alphas[0], rel=0.05) and abs(alphas[0]) > 1e-3  # six steps at the network's own rate come to about 6e-4
+
+
+AUGMENTED = dict(crops='device', augmentation=dict(scale=0.3, rotation=40.0, rotation_probability=0.6, flip_probability=0.5, dropout_probability=0.5))
+
+
+def test_crops_of_the_device_are_those_of_the_loader(experiment, tmp_path):
+    """But for a grey level here and there; on one process or two, in parts or not, from workers or not."""
+    layers = AUGMENTED | dict(freeze=['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'deconv'], epochs=2, learning_rate=0.01)
+    train(experiment(train=layers | dict(crops='loader')), tmp_path / 'loader')
+    train(experiment(train=layers), tmp_path / 'device')
+    assert losses(tmp_path / 'device') == pytest.approx(losses(tmp_path / 'loader'), rel=1e-3)
+    for processes, at_once, workers in ((1, 4, 2), (2, 2, 0)):
+        other = tmp_path / f'{processes}x{at_once}'
+        train(experiment(train=layers, machine=dict(processes=processes, persons_at_once=at_once, workers=workers)), other)
+        assert losses(other) == pytest.approx(losses(tmp_path / 'device'), rel=1e-5)
+
+
+def test_sync_batchnorm_in_half_precision_on_cpu_processes(experiment, tmp_path):
+    """As one process with all persons, to the precision of bfloat16; statistics are float32, as they are saved."""
+    recipe = dict(epochs=1, learning_rate=1e-4, precision='bf16')
+    train(experiment(train=recipe), tmp_path / 'one')
+    train(experiment(train=recipe | dict(sync_batchnorm=True), machine=dict(processes=2)), tmp_path / 'sync')
+    assert losses(tmp_path / 'sync') == pytest.approx(losses(tmp_path / 'one'), rel=0.02)
+    one, sync = weights(tmp_path / 'one'), weights(tmp_path / 'sync')
+    for name in ('bn1.running_mean', 'bn1.running_var'):
+        assert sync[name].dtype == torch.float32
+        torch.testing.assert_close(sync[name], one[name], rtol=0.01, atol=0.01 * one[name].abs().max().item())
 
 
 def test_same_seed_same_weights(experiment, tmp_path):
@@ -164,12 +193,12 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize('epoch,step', [(0, 1), (1, 0), (1, 2)])
-def test_a_stopped_run_continues_exactly(experiment, through, tmp_path, monkeypatch, epoch, step):
+@pytest.mark.parametrize('epoch,step,crops', [(0, 1, 'loader'), (1, 0, 'loader'), (1, 2, 'loader'), (1, 1, 'device')])
+def test_a_stopped_run_continues_exactly(experiment, through, tmp_path, monkeypatch, epoch, step, crops):
     """With averaged weights, augmentation and loading processes; wherever it stopped, curves and weights end alike."""
-    recipe = dict(epochs=2, ema_decay=0.9, warmup_epochs=1,
-                  augmentation=dict(scale=0.3, rotation=40.0, rotation_probability=0.6, flip_probability=0.5))
+    recipe = AUGMENTED | dict(epochs=2, ema_decay=0.9, warmup_epochs=1, crops=crops)
     row = experiment(train=recipe, machine=dict(checkpoint_steps=1, workers=1))
+    through /= crops
     if not (through / 'model.pt').exists(): fit(row, through)
     count = Progress.step
 
@@ -225,3 +254,66 @@ def test_a_failing_worker_shows_its_own_error(experiment, tmp_path):
     with pytest.raises(WorkerError, match='person_keypoints_nowhere.json'):
         train(broken, tmp_path)
     assert not (tmp_path / 'model.pt').exists()
+
+
+def stop_at(monkeypatch, done):
+    """Makes a run stop when it counts this step."""
+    count = Progress.step
+
+    def counted(self, *args):
+        count(self, *args)
+        if self.done == done: raise Stop
+    monkeypatch.setattr(Progress, 'step', counted)
+
+
+def test_another_rate_and_back_again_continues_where_the_first_stood(experiment, tmp_path, monkeypatch, capsys):
+    """Nothing of either is lost, however often they change; the end is that of a run that nobody interrupted."""
+    rows = {rate: experiment(train=dict(epochs=3, learning_rate=rate), machine=dict(checkpoint_steps=1)) for rate in (1e-3, 1e-4)}
+    for rate, row in rows.items(): fit(row, tmp_path / f'through{rate}')
+    for rate, done in [(1e-3, 4), (1e-4, 3), (1e-3, 6), (1e-4, 5)]:
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop_at(patch, done)
+            fit(rows[rate], tmp_path / 'both')
+    said = capsys.readouterr().out
+    assert said.count('set aside as last-') == 3 and said.count('continuing at') == 2
+    for rate, row in rows.items():
+        fit(row, tmp_path / 'both')
+        assert same(weights(tmp_path / f'through{rate}'), weights(tmp_path / 'both'))
+        assert same(*(read_checkpoint(tmp_path / name / 'best.pt')['model'] for name in (f'through{rate}', 'both')))
+        assert losses(tmp_path / f'through{rate}') == losses(tmp_path / 'both')
+
+
+def test_a_named_checkpoint_is_not_taken_twice(experiment, tmp_path, monkeypatch):
+    """A command with --resume that is interrupted and given again goes on, and what lies in its folder is kept."""
+    row = experiment(train=dict(epochs=3), machine=dict(checkpoint_steps=1))
+    fit(row, tmp_path / 'through')
+    for folder, done in [('named', 2), ('out', 4)]:
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            stop_at(patch, done)
+            fit(row, tmp_path / folder, tmp_path / 'named' / 'last.pt' if folder == 'out' else None)
+    assert read_checkpoint(tmp_path / 'out' / 'last.pt')['training']['seen'] > read_checkpoint(tmp_path / 'named' / 'last.pt')['training']['seen']
+    summary = fit(row, tmp_path / 'out', tmp_path / 'named' / 'last.pt')
+    assert summary['interruptions'] == 2 and same(weights(tmp_path / 'through'), weights(tmp_path / 'out'))
+
+
+def second_fails():
+    """One process of two has a reason; the other one only loses its connection."""
+    if rank_and_world()[0]: raise KeyError('the reason')
+    gather('everybody')
+
+
+def test_the_first_cause_is_shown(tmp_path):
+    for n in range(3):
+        with pytest.raises(WorkerError, match=r'(?s)process 1 of 2 failed.*the reason'):
+            launch(second_fails, device=torch.device('cpu'), processes=2, restarts=0, logs=tmp_path)
+
+
+def test_the_first_cause_is_shown_by_torchrun(experiment, tmp_path):
+    """Its own report names it as the root cause."""
+    (tmp_path / 'second.py').write_text('import torch\nfrom torch.distributed.elastic.multiprocessing.errors import record\n'
+                                        'from srl_pose.training.launch import gather, process_group, rank_and_world\n'
+                                        'def work():\n    with process_group(torch.device("cpu")):\n'
+                                        '        if rank_and_world()[0]: raise KeyError("the reason")\n        gather("everybody")\nrecord(work)()\n')
+    done = subprocess.run(['torchrun', '--nproc-per-node', '2', 'second.py'], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(project_root())})
+    root = done.stderr.partition('Root Cause')[2]
+    assert done.returncode and 'rank      : 1' in root and 'the reason' in root, done.stderr

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from .annotations import read_annotations
+from .annotations import for_cocoeval, read_annotations
 from ..files import DataError, read_json, whole_file
 from ..pose.keypoints import COCO_KEYPOINTS
 
@@ -168,7 +168,7 @@ def box_ap(
     detections: list[dict],  # COCO results with `bbox`, of persons
 ) -> float:
     "AP of person boxes, by COCOeval."
-    data = read_annotations(annotations, COCO_KEYPOINTS.names)
+    data = for_cocoeval(read_annotations(annotations, COCO_KEYPOINTS.names))
     truth, found = COCO(), COCO()
     with contextlib.redirect_stdout(io.StringIO()):
         truth.dataset = data

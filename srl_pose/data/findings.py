@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['UNUSABLE_IMAGE', 'ENDINGS', 'ODD_IMAGE', 'Finding', 'warning', 'refused', 'problem_of', 'Report', 'ImageFacts',
-           'image_facts', 'ImageFile', 'look_at_images', 'image_missing', 'image_unreadable', 'image_of_another_size',
-           'image_format', 'image_colours', 'image_orientation', 'file_named_twice', 'entry_twice', 'same_image_twice',
+           'image_facts', 'error_stream_kept', 'complaints', 'ImageFile', 'facts_of', 'progress_stream',
+           'look_at_images', 'image_missing', 'image_unreadable', 'image_of_another_size', 'image_format',
+           'image_colours', 'image_orientation', 'image_damaged', 'file_named_twice', 'entry_twice', 'same_image_twice',
            'image_counts', 'check_images']
 
 # %% ../../nbs/3_data/05_findings.ipynb #c4ec0003
 import hashlib
 import io
 import os
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 import cv2
 import numpy as np
@@ -113,6 +117,7 @@ class ImageFacts(NamedTuple):
     mode: str  # such as RGB, L, CMYK
     orientation: int  # tag of a camera, 1 is upright
     bits: int  # per channel
+    complaint: str = ''  # of the decoder, about a damaged JPEG
 
 
 def image_facts(
@@ -127,6 +132,38 @@ def image_facts(
     if kind != 'JPEG':
         bits = 8 * cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION).itemsize
     return ImageFacts((width, height), hashlib.sha256(data).digest(), kind, mode, orientation, bits)
+
+# %% ../../nbs/3_data/05_findings.ipynb #61473e65
+_DAMAGED = b'Corrupt JPEG data'  # how libjpeg's complaints begin
+
+
+@contextmanager
+def error_stream_kept() -> Iterator[BinaryIO]:
+    "While the body runs, what C libraries write to the error stream goes to a file, which the body gets. In the end, all but libjpeg's complaints is written"
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept:
+        stream = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield kept
+        finally:
+            sys.stderr.flush()
+            os.dup2(stream, 2)
+            os.close(stream)
+            lines = os.pread(kept.fileno(), 1 << 20, 0).splitlines(keepends=True)
+            os.write(2, b''.join(line for line in lines if not line.startswith(_DAMAGED)))
+
+
+def complaints(data: Sequence[bytes]) -> list[str]:
+    "What libjpeg says about each of some JPEGs, such as 'premature end of data segment'; empty: nothing"
+    said = []
+    with error_stream_kept() as kept:
+        for jpeg in data:
+            start = os.fstat(kept.fileno()).st_size
+            cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+            text = os.pread(kept.fileno(), 1000, start)
+            said.append(text.partition(_DAMAGED + b': ')[2].partition(b'\n')[0].decode(errors='replace'))
+    return said
 
 # %% ../../nbs/3_data/05_findings.ipynb #f097da1b
 class ImageFile(NamedTuple):
@@ -147,7 +184,23 @@ class ImageFile(NamedTuple):
         level = 'error' if self.needed and not self.usable else 'warning'
         return Finding(level, kind, Problem(str(self.file), 'image', text))
 
+# %% ../../nbs/3_data/05_findings.ipynb #e89faab0
+def facts_of(files: FolderImages | ArchiveImages, i: int) -> ImageFacts | DataError:
+    "What image `i` is, or why it cannot be read"
+    try:
+        return image_facts(files.read_bytes(i), files.file(i))
+    except DataError as e:
+        return e
 
+
+@contextmanager
+def progress_stream() -> Iterator[TextIO]:
+    "The error stream for a progress bar, also while `error_stream_kept`"
+    if not sys.stderr.isatty(): yield sys.stderr  # no bar is drawn
+    else:
+        with open(os.dup(2), 'w') as stream: yield stream
+
+# %% ../../nbs/3_data/05_findings.ipynb #ce951ce1
 def look_at_images(
     files: FolderImages | ArchiveImages,  # one for each of `images`; names that are no good are never read
     images: Columns,  # of the annotation file
@@ -155,17 +208,19 @@ def look_at_images(
     workers: int = 1,  # threads that read and decode
 ) -> list[ImageFile]:
     "Read and decode all images that have a name"
-    def look(i):
-        try:
-            facts = image_facts(files.read_bytes(i), files.file(i))
-        except DataError as e:
-            facts = e
-        wanted = (int(images['width'][i]), int(images['height'][i])) if images.good['width'][i] and images.good['height'][i] else None
-        return ImageFile(files.file(i), facts, wanted, f'images[{i}].width and height in {images.file}', bool(needed[i]))
+    rows, suspects = np.flatnonzero(images.good['file_name']).tolist(), []
+    with ThreadPoolExecutor(workers) as pool, progress_stream() as stream, error_stream_kept() as kept:
+        said = lambda: os.fstat(kept.fileno()).st_size
 
-    rows = np.flatnonzero(images.good['file_name']).tolist()
-    with ThreadPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(look, rows), total=len(rows), desc=files.path.name, unit='image', disable=None, leave=False))
+        def look(i):
+            before, facts = said(), facts_of(files, i)
+            if said() > before and isinstance(facts, ImageFacts): suspects.append(i)
+            return facts
+
+        facts = dict(zip(rows, tqdm(pool.map(look, rows), total=len(rows), desc=files.path.name, unit='image', disable=None, leave=False, file=stream)))
+    for i in suspects: facts[i] = facts[i]._replace(complaint=complaints([files.read_bytes(i)])[0])
+    wanted = lambda i: (int(images['width'][i]), int(images['height'][i])) if images.good['width'][i] and images.good['height'][i] else None
+    return [ImageFile(files.file(i), facts[i], wanted(i), f'images[{i}].width and height in {images.file}', bool(needed[i])) for i in rows]
 
 # %% ../../nbs/3_data/05_findings.ipynb #deed81ca
 def image_missing(image: ImageFile) -> Iterator[Finding]:
@@ -215,7 +270,13 @@ def image_orientation(image: ImageFile) -> Iterator[Finding]:
                             'keypoints must refer to the pixels as stored')
 
 
-ODD_IMAGE = image_format, image_colours, image_orientation
+def image_damaged(image: ImageFile) -> Iterator[Finding]:
+    "The decoder did not like the middle of a JPEG"
+    if image.facts.complaint:
+        yield image.finding('image damaged', f'image is damaged: {image.facts.complaint}; a part of the picture is shifted or grey')
+
+
+ODD_IMAGE = image_format, image_colours, image_orientation, image_damaged
 
 # %% ../../nbs/3_data/05_findings.ipynb #ae08ad2a
 def file_named_twice(images: Columns, names: dict[int, str]) -> Iterator[Finding]:
@@ -281,4 +342,6 @@ def check_images(
     findings += [f for image in seen for finding in (ODD_IMAGE if image.usable else UNUSABLE_IMAGE) for f in finding(image)]
     known = set(names.values())
     unnamed = sum(Path(f).suffix.lower() in ENDINGS and f not in known for f in there)
-    return findings + [*same_image_twice(digests, root)], image_counts(usable, unnamed, root), digests
+    counts = image_counts(usable, unnamed, root)
+    if isinstance(files, ArchiveImages) and files.inside != f'{files.path.stem}/': counts['images inside the archive'] = f'in {files.inside}' if files.inside else 'in no folder'
+    return findings + [*same_image_twice(digests, root)], counts, digests

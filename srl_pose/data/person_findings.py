@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ENOUGH', 'EXPECTED', 'PERSON_FINDINGS', 'CATEGORY_FINDINGS', 'BOX_FINDINGS', 'shown_numbers', 'People', 'read_people',
            'box_without_size', 'box_outside_the_image', 'box_beyond_the_edge', 'person_without_area',
-           'box_with_nothing_inside', 'box_of_somebody_else', 'visibility_flag', 'keypoint_at_the_origin',
-           'keypoint_far_outside', 'number_of_keypoints', 'crowd_flag', 'pair_sides', 'left_right',
-           'left_and_right_exchanged', 'pair_exchanged', 'person_counts', 'check_persons', 'Categories',
-           'category_twice', 'category_unknown', 'category_name', 'keypoints_without_names', 'skeleton_of_no_pairs',
-           'sides_without_pair', 'check_categories', 'covered_persons', 'Detected', 'share', 'score_outside_0_to_1',
-           'box_below_a_pixel', 'persons_without_box', 'images_without_box', 'check_boxes']
+           'box_with_nothing_inside', 'areas_unlike_coco', 'box_of_somebody_else', 'visibility_flag',
+           'keypoint_at_the_origin', 'keypoint_far_outside', 'number_of_keypoints', 'annotation_id_0', 'crowd_flag',
+           'pair_sides', 'left_right', 'left_and_right_exchanged', 'pair_exchanged', 'person_counts', 'check_persons',
+           'Categories', 'category_twice', 'category_unknown', 'category_name', 'others_with_keypoints',
+           'keypoints_without_names', 'skeleton_of_no_pairs', 'sides_without_pair', 'check_categories',
+           'covered_persons', 'Detected', 'share', 'score_outside_0_to_1', 'box_below_a_pixel', 'persons_without_box',
+           'images_without_box', 'check_boxes']
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #ee64a878
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +23,12 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask
 
-from .annotations import Columns
+from .annotations import AreaKind, Columns, area_kind
 from .coco import usable_persons
 from .findings import Finding, warning
 from ..files import shown
 from ..pose.crops import clip_boxes
-from ..pose.keypoints import KeypointSet
+from ..pose.keypoints import KeypointSet, limbs_of, person_category
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #e39774d5
 def shown_numbers(numbers: Iterable[float]) -> str:
@@ -47,6 +49,7 @@ class People:
     crowd: np.ndarray  # (N,)
     num_keypoints: np.ndarray  # (N,) as the file says
     keypoints: np.ndarray  # (N, K, 3) as x, y, flag
+    ids: np.ndarray  # (N,) of the annotations
 
     def __post_init__(self):
         self.xy, self.flags = self.keypoints[..., :2], self.keypoints[..., 2]
@@ -62,6 +65,9 @@ class People:
             yield warning(kind, self.file, f'annotations.{field}', f'annotations[{self.rows[j]}].{field} {text(j)}')
 
     def box_text(self, j: int) -> str: return f'{shown_numbers(self.box[j])} in an image of {self.size[j, 0]}x{self.size[j, 1]}'
+
+    @cached_property
+    def area_kind(self) -> AreaKind | None: return area_kind(self.area[self.usable], self.box[self.usable])
 
     @cached_property
     def sides(self) -> list[dict]: return left_right(self.keypoints[self.usable], self.keypoint_set)
@@ -84,7 +90,7 @@ def read_people(
     return People(
         persons.file, keypoint_set, np.flatnonzero(person), image, np.stack([images['width'][image], images['height'][image]], 1),
         persons['bbox'][person].astype(float), persons['area'][person], persons['iscrowd'][person], persons['num_keypoints'][person],
-        persons['keypoints'][person].reshape(-1, len(keypoint_set), 3).astype(float))
+        persons['keypoints'][person].reshape(-1, len(keypoint_set), 3).astype(float), persons['id'][person])
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #a6d1a6f4
 def box_without_size(p: People) -> Iterator[Finding]:
@@ -113,6 +119,12 @@ def box_with_nothing_inside(p: People) -> Iterator[Finding]:
     "After clipping, the box has no pixel of the image"
     bad = p.labelled.any(1) & (p.crowd == 0) & (p.area > 0) & ~p.usable & ~p.empty & ~p.outside
     return p.warn('box with nothing inside', 'bbox', bad, lambda j: f'has no pixel inside: {p.box_text(j)}, a person that is never used')
+
+
+def areas_unlike_coco(p: People) -> Iterator[Finding]:
+    "AP depends on the kind of area"
+    if p.area_kind and not p.area_kind.as_coco:
+        yield warning('kind of area', p.file, 'annotations.area', f"annotations: area is {p.area_kind}; AP depends on it and does not compare with COCO's")
 
 
 def box_of_somebody_else(p: People) -> Iterator[Finding]:
@@ -148,7 +160,12 @@ def number_of_keypoints(p: People) -> Iterator[Finding]:
     "`num_keypoints` is not the number of labelled keypoints"
     count = p.labelled.sum(1)
     return p.warn('num_keypoints', 'num_keypoints', p.num_keypoints != count,
-                  lambda j: f'is {p.num_keypoints[j]}, but {count[j]} keypoints are labelled')
+                  lambda j: f'is {p.num_keypoints[j]}, but {count[j]} keypoints are labelled; the labels count')
+
+
+def annotation_id_0(p: People) -> Iterator[Finding]:
+    "An annotation has the id 0, which COCOeval takes for nobody"
+    return p.warn('annotation id 0', 'id', p.ids == 0, lambda j: 'is 0, which COCOeval takes for no match; numbered anew for evaluation here, but not by other tools')
 
 
 def crowd_flag(p: People) -> Iterator[Finding]:
@@ -179,7 +196,8 @@ def left_right(
     side = pair_sides(keypoints, keypoint_set)
     others = np.sign(side.sum(1, keepdims=True) - side)  # what the majority of the other pairs says
     facing = np.zeros(len(keypoints), bool)
-    if 'nose' in keypoint_set.names: facing = keypoints[:, keypoint_set.names.index('nose'), 2] == 2
+    names = [name.lower() for name in keypoint_set.names]
+    if 'nose' in names: facing = keypoints[:, names.index('nose'), 2] == 2
     share = lambda good, which: float(good[which].mean()) if which.any() else None
     rows = []
     for (a, b), mine, theirs in zip(keypoint_set.flip_pairs, side.T, others.T):
@@ -197,7 +215,7 @@ ENOUGH, EXPECTED = 30, 0.3
 def left_and_right_exchanged(p: People) -> Iterator[Finding]:
     "In faces to the camera, the left shoulder is on the left of the image"
     for row in p.sides:
-        if 'shoulder' in row['pair'] and row['facing'] >= ENOUGH and row['left_is_right_facing'] < EXPECTED:
+        if 'shoulder' in row['pair'].lower() and row['facing'] >= ENOUGH and row['left_is_right_facing'] < EXPECTED:
             yield warning('left and right exchanged', p.file, 'annotations.keypoints', f'annotations: keypoints {row["pair"]} look exchanged: '
                           f'of {row["facing"]} persons with a visible nose, the left one is on the right of the image in '
                           f'{row["left_is_right_facing"]:.0%}, expected nearly all')
@@ -212,8 +230,8 @@ def pair_exchanged(p: People) -> Iterator[Finding]:
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #c4ec0018
 PERSON_FINDINGS = (
-    box_without_size, box_outside_the_image, box_beyond_the_edge, person_without_area, box_with_nothing_inside, box_of_somebody_else,
-    visibility_flag, keypoint_at_the_origin, keypoint_far_outside, number_of_keypoints, crowd_flag, left_and_right_exchanged, pair_exchanged)
+    box_without_size, box_outside_the_image, box_beyond_the_edge, person_without_area, box_with_nothing_inside, areas_unlike_coco,
+    box_of_somebody_else, visibility_flag, keypoint_at_the_origin, keypoint_far_outside, number_of_keypoints, annotation_id_0, crowd_flag, left_and_right_exchanged, pair_exchanged)
 
 
 def person_counts(p: People) -> dict:
@@ -224,6 +242,7 @@ def person_counts(p: People) -> dict:
         'crowds': int((p.crowd != 0).sum()), 'persons without labels': int(((p.crowd == 0) & ~p.labelled.any(1)).sum()),
         'persons to train on': int(p.usable.sum()), 'images with such persons': len(np.unique(p.image[p.usable])),
         'labelled keypoints': int(of_usable.sum()), 'labelled keypoints outside images': int(off_image[p.usable].sum()),
+        'flip pairs': len(p.keypoint_set.flip_pairs), 'areas': str(p.area_kind or 'none'),
         'keypoints': [dict(keypoint=name, labelled=int(of_usable[:, k].sum()), hidden=int(hidden[:, k].sum()))
                       for k, name in enumerate(p.keypoint_set.names)],
         'left and right': p.sides}
@@ -238,7 +257,8 @@ def check_persons(
     people = read_people(images, persons, keypoint_set)
     counts = {'images': len(images.entries), 'annotations': len(persons.entries),
               'annotations of no person': len(persons.entries) - len(people.rows)}
-    return [f for finding in PERSON_FINDINGS for f in finding(people)], counts | person_counts(people)
+    taken = [Finding('warning', problem.field, problem) for columns in (images, persons) for problem in columns.taken]
+    return taken + [f for finding in PERSON_FINDINGS for f in finding(people)], counts | person_counts(people)
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #c4ec0020
 class Categories:
@@ -249,7 +269,8 @@ class Categories:
         self.entries = [c for c in data['categories'] if isinstance(c, dict)]
         self.ids = [c['id'] for c in self.entries if isinstance(c.get('id'), int)]
         self.used = {a['category_id'] for a in data['annotations'] if isinstance(a, dict) and isinstance(a.get('category_id'), int)}
-        self.person = next((c for c in self.entries if c.get('id') == 1), {})
+        self.person = person_category(self.entries)[0] or {}
+        self.posed = Counter(a['category_id'] for a in data['annotations'] if isinstance(a, dict) and isinstance(a.get('category_id'), int) and a.get('keypoints'))
 
     def warn(self, field: str, text: str) -> Finding: return warning(field, self.file, field, text)
 
@@ -268,8 +289,16 @@ def category_unknown(c: Categories) -> Iterator[Finding]:
 
 def category_name(c: Categories) -> Iterator[Finding]:
     "Category 1 is not named person"
-    if c.person and c.person.get('name') != 'person':
+    if c.person.get('id') == 1 and c.person.get('name') != 'person':
         yield c.warn('categories.name', f"categories: id 1 is named {shown(c.person.get('name'))}, expected 'person'")
+
+
+def others_with_keypoints(c: Categories) -> Iterator[Finding]:
+    "Other categories have keypoints, too"
+    for other in c.entries:
+        number = other.get('id')
+        if other is not c.person and isinstance(number, int) and number != c.person.get('id') and c.posed[number]:
+            yield c.warn('categories', f"categories: id {number}, named {shown(other.get('name'))}, has keypoints in {c.posed[number]:,} annotations; only category 1 is used")
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #2b06a88b
 def keypoints_without_names(c: Categories) -> Iterator[Finding]:
@@ -280,22 +309,19 @@ def keypoints_without_names(c: Categories) -> Iterator[Finding]:
 
 def skeleton_of_no_pairs(c: Categories) -> Iterator[Finding]:
     "The limbs are not pairs of keypoint numbers"
-    limbs, known = c.person.get('skeleton', []), range(1, len(c.keypoint_set) + 1)
-    if not (isinstance(limbs, list) and all(isinstance(v, list) and len(v) == 2 and v[0] in known and v[1] in known for v in limbs)):
-        yield c.warn('categories.skeleton', f'categories: skeleton of id 1 must hold pairs of numbers from 1 to {len(c.keypoint_set)}')
+    if remark := limbs_of(c.person, c.keypoint_set.names)[1]:
+        yield c.warn('categories.skeleton', f'categories: skeleton {remark}')
 
 
 def sides_without_pair(c: Categories) -> Iterator[Finding]:
-    "A left and a right keypoint are no flip pair"
-    names = c.keypoint_set.names
-    pairs = {frozenset(names[i] for i in pair) for pair in c.keypoint_set.flip_pairs}
-    for name in names:
-        twin = name.replace('left', 'right')
-        if twin != name and twin in names and frozenset((name, twin)) not in pairs:
-            yield c.warn('flip_pairs', f'categories: {name} and {twin} are no flip pair')
+    "Names and flip pairs contradict each other, or there are no pairs"
+    for problem in c.keypoint_set.flip_problems():
+        yield c.warn('flip_pairs', f'categories: {problem}; mirroring is refused')
+    if len(c.keypoint_set) > 1 and not c.keypoint_set.flip_pairs and 'flip_pairs' not in c.person and not c.keypoint_set.flip_problems():
+        yield c.warn('flip_pairs', 'categories: no keypoints are a flip pair, so a mirrored image keeps all labels; if some are left or right, give flip_pairs')
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #dbf4a158
-CATEGORY_FINDINGS = category_twice, category_unknown, category_name, keypoints_without_names, skeleton_of_no_pairs, sides_without_pair
+CATEGORY_FINDINGS = category_twice, category_unknown, category_name, others_with_keypoints, keypoints_without_names, skeleton_of_no_pairs, sides_without_pair
 
 
 def check_categories(
@@ -396,4 +422,5 @@ def check_boxes(
               'persons with a box of IoU >= 0.5': share(boxes.covered)}
     if len(boxes.owner):
         counts['detector scores'] = '{:.3f} to {:.3f}'.format(found['score'][boxes.good].min(), found['score'][boxes.good].max())
-    return [f for finding in BOX_FINDINGS for f in finding(boxes)], counts
+    taken = [Finding('warning', problem.field, problem) for problem in found.taken]
+    return taken + [f for finding in BOX_FINDINGS for f in finding(boxes)], counts

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'pose_heatmaps', 'predict', 'rescore', 'coco_results', 'run_cocoeval', 'evaluate_results',
-           'val2017_warnings', 'pck_hits', 'Evaluation', 'evaluate']
+           'val2017_warnings', 'area_warnings', 'pck_hits', 'Evaluation', 'evaluate']
 
 # %% ../../nbs/4_training/04_evaluate.ipynb #0b133986
 import contextlib
@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..data.annotations import read_annotations
+from ..data.annotations import AreaKind, area_kind, for_cocoeval, read_annotations
 from .bootstrap import Matches, Resampled, bootstrap, bootstrap_share
 from ..data.coco import CocoPersons, normalize
 from ..pose.crops import keypoints_to_image
@@ -45,6 +45,7 @@ def pose_heatmaps(
     if maps.shape != expected:
         raise ValueError(f'model: gives {tuple(maps.shape)}, the data set needs {expected}')
     if flip_test:
+        keypoint_set.check_flip()
         maps = (maps + flip_heatmaps(model(images.flip(-1)), keypoint_set.flip_pairs, shift=heatmaps.flip_shift)) / 2
     return maps
 
@@ -71,10 +72,11 @@ def predict(
     color_order: str = 'RGB',  # that the network expects: RGB, or BGR as checkpoints of the original do
     persons: Sequence[int] | None = None,  # only these indices of the data set
 ) -> tuple[np.ndarray, np.ndarray]:  # keypoints (N, K, 2) in image pixels and their confidences (N, K), float32
-    "Keypoints of all persons of a data set; `ValueError` if the model's maps do not fit the data set"
+    "Keypoints of all persons of a data set; `ValueError` if the model's maps do not fit the data set, or at the first batch where they are not finite"
     chosen = np.arange(len(dataset)) if persons is None else np.asarray(persons, int)
     if not len(chosen):
         raise ValueError('dataset: there are no persons to predict')
+    if flip_test: dataset.check_flip()
     heatmaps = heatmaps or Heatmaps(dataset.input_size)
     _check_fit(dataset, heatmaps)
     if device is not None:
@@ -90,11 +92,10 @@ def predict(
                 images = images.to(memory_format=torch.channels_last)
                 maps = pose_heatmaps(model, images, heatmaps, dataset.keypoint_set, flip_test=flip_test)
                 found.append([x.float().cpu().numpy() for x in heatmaps.decode(maps)])
+                if not np.isfinite(found[-1][1]).all(): raise ValueError('model: gives heatmaps that are not finite')
     finally:
         model.train(training)
     keypoints, scores = map(np.concatenate, zip(*found))
-    if not np.isfinite(scores).all():
-        raise ValueError('model: gives heatmaps that are not finite')
     places = dataset.center[chosen], dataset.scale[chosen], dataset.input_size
     return keypoints_to_image(keypoints, *places, unbiased=heatmaps.unbiased), scores
 
@@ -152,7 +153,7 @@ def run_cocoeval(
     keypoint_set: KeypointSet = COCO_KEYPOINTS,
 ) -> COCOeval:  # after evaluate, accumulate and summarize; `.eval['precision']` holds the curves
     "COCO's own evaluation, quietly; `ValueError` if a result belongs to no image of the annotation file"
-    data = read_annotations(annotation_file, keypoint_set.names)
+    data = for_cocoeval(read_annotations(annotation_file, keypoint_set.names))
     unknown = {r['image_id'] for r in results} - {image['id'] for image in data['images']}
     if unknown:
         raise ValueError(f'results: image_id {min(unknown)} is no image of {annotation_file}')
@@ -198,6 +199,15 @@ def val2017_warnings(
     return [f'{file}: {name} is {settings[name]:,}, but {expected:,} in the COCO val2017 of published numbers'
             for name, file, expected in counts if settings[name] != expected]
 
+# %% ../../nbs/4_training/04_evaluate.ipynb #e1b00002
+def area_warnings(
+    file: str,  # annotation file, for the message
+    area: AreaKind | None,
+) -> list[str]:
+    "That AP is not that of COCO's areas; empty if it is"
+    if area is None or area.as_coco: return []
+    return [f"{file}: area is {area}; AP and AR depend on it and do not compare with numbers in other areas, such as COCO's"]
+
 # %% ../../nbs/4_training/04_evaluate.ipynb #b06c0002
 def pck_hits(
     keypoints: np.ndarray,  # (N, K, 2) predicted
@@ -242,7 +252,7 @@ def _data_settings(dataset: CocoPersons) -> dict:
 
 # %% ../../nbs/4_training/04_evaluate.ipynb #2ea9d3f0
 def _numbers(dataset, keypoints, results, resamples):
-    "COCO's numbers and, in annotated boxes, PCK; these on resampled images; the matches behind them"
+    "COCO's numbers and, in annotated boxes, PCK; these on resampled images; the matches behind them; the kind of area"
     evaluation = run_cocoeval(dataset.annotation_file, results, keypoint_set=dataset.keypoint_set)
     matches = Matches.of(evaluation)
     metrics = dict(zip(METRICS, evaluation.stats.tolist()))
@@ -251,7 +261,8 @@ def _numbers(dataset, keypoints, results, resamples):
         hits, labelled = pck_hits(keypoints, dataset.keypoints, dataset.visible, dataset.longer_side)
         resampled['PCK'] = bootstrap_share(hits, labelled, dataset.image_id, matches.image_ids, resamples=resamples)
         metrics['PCK'] = resampled['PCK'].value
-    return metrics, resampled, matches
+    people = [a for a in evaluation.cocoGt.dataset['annotations'] if a['num_keypoints'] and not a['iscrowd']]
+    return metrics, resampled, matches, area_kind(np.array([a['area'] for a in people]), np.array([a['bbox'] for a in people]).reshape(-1, 4))
 
 # %% ../../nbs/4_training/04_evaluate.ipynb #315e7982
 def evaluate(
@@ -282,8 +293,9 @@ def evaluate(
         decoder=heatmaps.decoder, confidence_threshold=confidence_threshold, nms_threshold=nms_threshold, color_order=color_order)
     if not dataset.annotated:
         return Evaluation({}, settings, results, keypoints, scores, {})
-    metrics, resampled, matches = _numbers(dataset, keypoints, results, resamples)
-    settings |= dict(images=len(matches.image_ids), persons=int(matches.persons[0].sum()))
-    settings['warnings'] = val2017_warnings(settings)
+    metrics, resampled, matches, area = _numbers(dataset, keypoints, results, resamples)
+    settings |= dict(images=len(matches.image_ids), persons=int(matches.persons[0].sum()), area=area and area.kind,
+                     area_over_box=area and [round(v, 3) for v in area[1:]])
+    settings['warnings'] = val2017_warnings(settings) + area_warnings(settings['annotation_file'], area)
     for message in settings['warnings']: warnings.warn(message, stacklevel=2)
     return Evaluation(metrics, settings, results, keypoints, scores, resampled)

@@ -65,6 +65,8 @@ class EvaluationSettings(Section):
     flip_test: bool
     decoder: str
     warnings: list[str]
+    area: str | None = None  # what the annotation file means by area, see `area_kind`; None in files that are older than this field
+    area_over_box: tuple[float, float, float] | None = None  # 5 %, 50 % and 95 % of the persons have less; likewise
 
 # %% ../../nbs/4_training/06_metrics.ipynb #5bf65341
 class Draws(Section):
@@ -91,12 +93,17 @@ class RunMetrics(Section):
     evaluation: EvaluationSettings
     provenance: Provenance  # of the evaluation
 
+    def score(self, name: str) -> float | None:
+        "One of `scores`; None where it was not measured, or nobody is there to be found: COCO writes -1."
+        value = self.scores.get(name, -1)
+        return value if value >= 0 else None
+
     def resampled(
         self,
         name: str,  # AP or PCK
     ) -> Resampled | None:
-        "The number with its draws; None where it was not measured."
-        if name not in self.scores: return None
+        "The number with its draws; None where there is none, see `score`."
+        if self.score(name) is None: return None
         return Resampled(self.scores[name], np.array(getattr(self.draws, name)), self.draws.images, self.draws.seed)
 
 # %% ../../nbs/4_training/06_metrics.ipynb #7714ff71

@@ -30,7 +30,7 @@ def check_name(
     value: str,  # of a set, a recipe or a row
 ) -> str:  # the same
     "`ValueError` unless it is made of letters, digits, `_` and `-`."
-    if not re.fullmatch(r'[\w-]+', value): raise ValueError(f'a name is made of letters, digits, _ and -, not {value!r}')
+    if not re.fullmatch(r'\w[\w-]*', value): raise ValueError(f'a name is made of letters, digits, _ and -, not {value!r}{" (- is not first)" * value.startswith("-")}')
     return value
 
 
@@ -126,8 +126,8 @@ class TrainParams(Section):
     epochs: Positive = 140  # of Simple Baselines
     steps_per_epoch: Positive | None = None  # at most so many, of all that an epoch has; to rehearse
     batch_size: Positive = 32  # persons per optimiser step, over all processes; the original's on one GPU
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3  # of Adam
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.  # over which the rate rises from 0; helps a backbone that starts from random numbers
+    learning_rate: Factor = 1e-3  # of Adam
+    warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.  # over which the rate rises from 0; helps a backbone that starts from random numbers
     schedule: Literal['step', 'cosine'] = 'step'  # step: the rate falls at `lr_steps`, as in the paper; cosine: along half a cosine to 0
     lr_steps: tuple[Positive, ...] = Field(default_factory=lambda p: default_steps(p['epochs'], p['schedule']))  # epochs after which the rate is multiplied by `lr_factor`; by default 9/14 and 12/14 of all
     lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -136,13 +136,14 @@ class TrainParams(Section):
     fused_adam: bool = False  # one kernel for all parameters?
     precision: Literal['fp32', 'bf16', 'fp16'] = 'fp32'  # or bf16, fp16: of matrix products and convolutions; spectra stay in fp32
     compile: bool = False  # torch.compile the network?
-    gradient_clip: Annotated[float, Field(gt=0)] | None = None  # largest norm of the gradient
+    gradient_clip: Factor | None = None  # largest norm of the gradient
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step, of a moving average of the weights that is kept instead
     sync_batchnorm: bool = False  # statistics over all processes?
+    crops: Literal['loader', 'device'] = 'loader'  # who makes training crops: the loading processes; or the device, where a GPU is too fast for the cores beside it (with `machine.image_cache_gb`; slow on a CPU)
     freeze: tuple[Literal['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'deconv'], ...] = ()  # layers that do not learn: stem, layer1, …, layer4, deconv
     start_from: str | None = None  # checkpoint to start from, ours or the original's (another head is replaced); relative to the project
     validate_every: Positive = 1  # epochs
-    validate_ap: bool = False  # AP in annotated boxes, too? Then it chooses the best checkpoint
+    validate_ap: bool = False  # AP in annotated boxes, at the defaults of `evaluate`, too? Then it chooses the best checkpoint
     seed: Seed = 0  # of this run, one of the row's seeds
     augmentation: AugmentationParams = Field(default_factory=AugmentationParams)  # of the paper
 
@@ -154,6 +155,8 @@ class TrainParams(Section):
     @model_validator(mode='after')
     def _every_number_counts(self):
         if self.schedule == 'cosine' and self.lr_steps: raise ValueError(f'lr_steps: must be [] with schedule cosine, not {list(self.lr_steps)}')
+        if self.lr_steps and self.lr_steps[-1] > self.epochs: raise ValueError(f'lr_steps: must end with training, after {self.epochs} epochs, not at {self.lr_steps[-1]}')
+        if self.warmup_epochs > self.epochs: raise ValueError(f'warmup_epochs: must be at most epochs, {self.epochs}, not {self.warmup_epochs:g}')
         return self
 
     def rate_text(self) -> str:
@@ -281,7 +284,7 @@ class _Parts(_Places):
     def train_set(self, *, check_images: bool = False) -> CocoPersons:
         "Augmented training persons, in annotated boxes."
         augmentation = Augmentation(**self.train.augmentation.model_dump())
-        return self._persons(self.data.train, augmentation=augmentation, seed=self.train.seed, check_images=check_images)
+        return self._persons(self.data.train, augmentation=augmentation, seed=self.train.seed, check_images=check_images, crops=self.train.crops)
 
     def val_set(self, boxes: Literal['detector', 'gt'] = 'gt', *, check_images: bool = False) -> CocoPersons:
         "Validation persons, in annotated or detected boxes."
@@ -307,11 +310,14 @@ class Experiment(_Parts):
         if train.keypoint_set.names != val.keypoint_set.names:
             raise DataError(f'{val.annotation_file}: categories: keypoints are {", ".join(val.keypoint_set.names)}; '
                             f'those of {train.annotation_file.name} are {", ".join(train.keypoint_set.names)}')
+        if len({frozenset(map(frozenset, data.keypoint_set.flip_pairs)) for data in (train, val)}) > 1:
+            raise DataError(f'{val.annotation_file}: categories: flip_pairs are not those of {train.annotation_file.name}')
+        if self.evaluate.flip_test: val.check_flip()
         if self.evaluate.boxes == 'detector':
             self.val_set('detector')
 
 # %% ../../nbs/4_training/01_experiment.ipynb #36950fe7
-YOUNGER = dict(model=dict(strides=None, deconvs=None), train=dict(block_rate_factor=1., alpha_rate_factor=1.))  # by section: parameters that were added when there were results, and the value that changes nothing
+YOUNGER = dict(model=dict(strides=None, deconvs=None), train=dict(block_rate_factor=1., alpha_rate_factor=1., crops='loader'))  # by section: parameters that were added when there were results, and the value that changes nothing
 
 
 def as_today(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['box_to_center_scale', 'clip_boxes', 'apply_matrix', 'crop_matrix', 'keypoints_to_image', 'Augmentation',
-           'draw_half_body', 'draw_hole', 'crop_window', 'warp_crop']
+           'draw_half_body', 'draw_hole', 'crop_window', 'inverse_matrix', 'warp_crop']
 
 # %% ../../nbs/2_pose/02_crops.ipynb #c20b0003
 from dataclasses import KW_ONLY, dataclass
@@ -158,6 +158,19 @@ def crop_window(
     first = np.clip(np.floor(corners.min(0)) - 1, 0, np.array(image_size) - 1).astype(int)
     return first, np.clip(np.ceil(corners.max(0)) + 2, first + 1, image_size).astype(int)
 
+# %% ../../nbs/2_pose/02_crops.ipynb #1b035875
+def _of_part(matrix: np.ndarray, first: np.ndarray) -> np.ndarray:
+    "The same map, from the pixels of a part of the image that begins at `first`"
+    return np.concatenate([matrix[:, :2], (matrix[:, :2] @ first + matrix[:, 2])[:, None]], 1)
+
+
+def inverse_matrix(
+    matrix: np.ndarray,  # (2, 3), from pixels of the whole image to crop pixels
+    first: np.ndarray | tuple[int, int] = (0, 0),  # where in the image a part begins, (x, y)
+) -> np.ndarray:  # (2, 3) float64
+    "From crop pixels to pixels of the part"
+    return cv2.invertAffineTransform(_of_part(matrix, first))
+
 # %% ../../nbs/2_pose/02_crops.ipynb #34b19b03
 def warp_crop(
     pixels: np.ndarray,  # (H, W, 3) uint8, OpenCV's BGR: an image or a part of one
@@ -166,8 +179,7 @@ def warp_crop(
     first: tuple[int, int] | np.ndarray = (0, 0),  # where in the image the part begins, (x, y)
 ) -> np.ndarray:  # (3, h, w) uint8 RGB, black outside of the image
     "The crop, interpolated linearly"
-    shifted = np.concatenate([matrix[:, :2], (matrix[:, :2] @ first + matrix[:, 2])[:, None]], 1)
-    crop = cv2.warpAffine(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGBA), shifted, input_size, flags=cv2.INTER_LINEAR)
+    crop = cv2.warpAffine(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGBA), _of_part(matrix, first), input_size, flags=cv2.INTER_LINEAR)
     planes = np.empty((4, *crop.shape[:2]), np.uint8)
     cv2.split(crop, list(planes))
     return planes[:3]

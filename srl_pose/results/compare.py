@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import dunnett
 
 from ..evaluation.bootstrap import Resampled, compare
 from ..experiment.experiment import Experiment
@@ -41,8 +40,8 @@ class Row:
         return self.experiment.name
 
     def values(self, score: str) -> list[float]:
-        "A score of all runs; empty where it was not measured."
-        return [run.scores[score] for run in self.runs.values() if score in run.scores]
+        "A score of all runs; empty where it was not measured, or nobody of that size is there."
+        return [value for run in self.runs.values() if (value := run.score(score)) is not None]
 
     def mean(self, score: str) -> float | None:
         "Over seeds."
@@ -57,11 +56,20 @@ class Row:
         score: str,  # AP or PCK
     ) -> Resampled | None:
         "The mean over seeds, on resampled images."
-        parts = [part for run in self.runs.values() if (part := run.resampled(score)) is not None]
-        if not parts: return None
+        if not (parts := self._parts(score)): return None
         draws = np.stack([part.draws for part in parts])
         return Resampled(statistics.mean(part.value for part in parts), np.where((draws > -1).all(0), draws.mean(0), -1),
                          parts[0].images, parts[0].seed)
+
+    def each_resampled(
+        self,
+        score: str,  # AP or PCK
+    ) -> tuple[list[float], np.ndarray]:  # the values of the n runs; (n, B) on resampled images
+        "All runs, each on the same resampled images."
+        parts = self._parts(score)
+        return [part.value for part in parts], np.array([part.draws for part in parts])
+
+    def _parts(self, score): return [part for run in self.runs.values() if (part := run.resampled(score)) is not None]
 
 # %% ../../nbs/5_results/04_compare.ipynb #ec5d930e
 TOPS = ('outputs', 'results')  # where results are looked for: what was run here, what is committed
@@ -157,26 +165,69 @@ def read_rows(
     return rows
 
 # %% ../../nbs/5_results/04_compare.ipynb #693130e5
+def _scatter_over_images(
+    runs: list[np.ndarray],  # (n_i, B) of each row, the baseline first: a score of its runs on resampled images
+) -> np.ndarray:  # (R - 1, R - 1) covariance of the differences to the baseline that all seeds share
+    "What other images would change, but for each run's errors of its own."
+    valid = np.all([(draws > -1).all(0) for draws in runs], axis=0)  # somebody to find in that draw
+    runs = [draws[:, valid] for draws in runs]
+    means = np.array([draws.mean(0) for draws in runs])
+    own = sum((draws - mean).var(1, ddof=1).sum() for draws, mean in zip(runs, means)) / sum(len(draws) - 1 for draws in runs)
+    both = np.atleast_2d(np.cov(means[1:] - means[0])) - own * _shares([len(draws) for draws in runs])
+    values, vectors = np.linalg.eigh(both)
+    return vectors * values.clip(0) @ vectors.T
+
+
+def _shares(
+    seeds: list[int],  # of each row, the baseline first
+) -> np.ndarray:  # (R - 1, R - 1)
+    "The covariance of differences of means to the first mean, of values with variance 1."
+    return np.diag([1 / n for n in seeds[1:]]) + 1 / seeds[0]
+
+# %% ../../nbs/5_results/04_compare.ipynb #a1c70003
+def _half_widths(
+    images: np.ndarray,  # (R, R) of `_scatter_over_images`
+    seeds: np.ndarray,  # (R, R) of `_shares`
+    variance: float,  # of runs of one row
+    freedom: int,  # degrees of freedom of that variance
+    level: float = 0.95,
+    families: int = 10_000,  # drawn
+) -> np.ndarray:  # (R,)
+    "Of simultaneous intervals for the differences of R rows to one."
+    rng = np.random.default_rng(0)
+    worthless = rng.multivariate_normal(np.zeros(len(images)), images + variance * seeds, families, method='eigh')
+    estimated = variance * rng.chisquare(freedom, (families, 1)) / freedom
+    error = np.sqrt(images.diagonal() + estimated * seeds.diagonal())
+    critical = np.quantile((np.abs(worthless) / error).max(1), level)
+    return critical * np.sqrt(images.diagonal() + variance * seeds.diagonal())
+
+# %% ../../nbs/5_results/04_compare.ipynb #a1c70006
 @dataclass(frozen=True)
 class Difference:
     "By how much a row exceeds another, and what chance could do."
     value: float  # of the means over seeds
-    images: tuple[float, float]  # 95 % interval over images, paired
-    seeds: tuple[float, float] | None  # 95 % interval over seeds, simultaneous; None with a single seed
+    images: tuple[float, float]  # 95 % interval over images alone, paired
+    interval: tuple[float, float] | None  # 95 % interval over images and seeds, simultaneous with the other rows; None with a single seed
 
     @property
     def certain(self) -> bool | None:
-        "Is 0 outside of both intervals? None with a single seed. No test of both kinds of chance together."
-        if self.seeds is None: return None
-        return all(low > 0 or high < 0 for low, high in (self.images, self.seeds))
+        "Is 0 outside of the interval over images and seeds? None with a single seed."
+        return None if self.interval is None else not self.interval[0] <= 0 <= self.interval[1]
 
 
-def _over_seeds(control: list[float], others: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
-    "Dunnett's intervals of the rows that have several values; none if the baseline has not, or if nothing scatters"
-    others = {name: values for name, values in others.items() if len(values) > 1}
-    if len(control) < 2 or not others or not any(map(np.ptp, (control, *others.values()))): return {}
-    found = dunnett(*others.values(), control=control, rng=np.random.default_rng(0)).confidence_interval()
-    return {name: (float(low), float(high)) for name, low, high in zip(others, found.low, found.high)}
+def _intervals(
+    control: tuple[list[float], np.ndarray],  # values of its runs, and (n, B) on resampled images
+    others: dict[str, tuple[list[float], np.ndarray]],
+) -> dict[str, tuple[float, float]]:
+    "Simultaneous intervals of the rows that have several runs; none if the baseline has not, or if nothing scatters"
+    others = {name: row for name, row in others.items() if len(row[0]) > 1}
+    if len(control[0]) < 2 or not others or not any(np.ptp(values) for values, _ in (control, *others.values())): return {}
+    values, runs = zip(control, *others.values())
+    freedom = sum(len(v) - 1 for v in values)
+    variance = sum(np.var(v) * len(v) for v in values) / freedom
+    half = _half_widths(_scatter_over_images(list(runs)), _shares([len(v) for v in values]), variance, freedom)
+    found = np.array([np.mean(v) for v in values[1:]]) - np.mean(values[0])
+    return {name: (float(low), float(high)) for name, low, high in zip(others, found - half, found + half)}
 
 
 def differences(
@@ -186,12 +237,10 @@ def differences(
 ) -> dict[str, Difference]:  # by row name; rows that were not run are missing
     "Of several rows to one."
     if control.mean(score) is None: return {}
-    others = [row for row in rows if row is not control and row.mean(score) is not None]
-    seeds, result = _over_seeds(control.values(score), {row.name: row.values(score) for row in others}), {}
-    for row in others:
-        paired = compare(row.resampled(score), control.resampled(score))
-        result[row.name] = Difference(paired.value, (paired.low, paired.high), seeds.get(row.name))
-    return result
+    others = {row.name: row for row in rows if row is not control and row.mean(score) is not None}
+    intervals = _intervals(control.each_resampled(score), {name: row.each_resampled(score) for name, row in others.items()})
+    paired = {name: compare(row.resampled(score), control.resampled(score)) for name, row in others.items()}
+    return {name: Difference(d.value, (d.low, d.high), intervals.get(name)) for name, d in paired.items()}
 
 # %% ../../nbs/5_results/04_compare.ipynb #1fd789f1
 def against_baselines(rows: list[Row], score: str = 'AP') -> dict[str, tuple[Row, Difference]]:
@@ -204,9 +253,9 @@ def against_baselines(rows: list[Row], score: str = 'AP') -> dict[str, tuple[Row
 
 # %% ../../nbs/5_results/04_compare.ipynb #05587b0e
 def _draw_differences(axes: Axes, found: dict[str, Difference]) -> None:
-    "A line for each row, from top to bottom: its two intervals, and the difference as a point"
+    "A line for each row, from top to bottom: its intervals, and the difference as a point"
     for y, d in enumerate(found.values()):
-        if d.seeds: axes.plot(d.seeds, [y - 0.12] * 2, color='C1', lw=3)
+        if d.interval: axes.plot(d.interval, [y - 0.12] * 2, color='C1', lw=3)
         axes.plot(d.images, [y + 0.12] * 2, color='C0', lw=3)
         axes.plot(d.value, y, 'ko', ms=4)
     axes.axvline(0, color='gray', lw=1, ls=':')
@@ -218,13 +267,13 @@ def plot_differences(
     rows: list[Row],
     scores: tuple[str, ...] = ('PCK', 'AP'),
 ) -> Figure:
-    "By how much every row exceeds its baseline, with both intervals."
+    "By how much every row exceeds its baseline, with its intervals."
     figure, panels = plt.subplots(1, len(scores), figsize=(5 * len(scores), 1.2 + 0.35 * len(rows)), layout='constrained', sharey=True, squeeze=False)
     for axes, score in zip(panels[0], scores):
         found = against_baselines(rows, score)
         _draw_differences(axes, {row.name: found[row.name][1] for row in rows if row.name in found})
         axes.set(xlabel=f'{score} minus that of the baseline')
-    panels[0, 0].plot([], [], 'C1', lw=3, label='95 % over seeds, all together')
-    panels[0, 0].plot([], [], 'C0', lw=3, label='95 % over images')
+    panels[0, 0].plot([], [], 'C1', lw=3, label='95 % over images and seeds, all rows together')
+    panels[0, 0].plot([], [], 'C0', lw=3, label='95 % over images alone')
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2, frameon=False, fontsize=8)
     return figure

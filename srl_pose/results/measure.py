@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ..blocks.forms import forms_seen
 from ..timing import median_ratio, take_turns, usable_cores
 from ..experiment.experiment import Experiment, Section, as_today
 from ..files import DataError, write_json
@@ -50,6 +51,7 @@ class Measured(Section):
     training_memory: int  # bytes at the peak of a training step, beyond what the process had before
     training_persons: int  # in that step
     threads: int
+    form: str | None = None  # of its spectral blocks in that step, see `form_of`; None: it has none, or was measured before this was asked
     provenance: Provenance
 
 # %% ../../nbs/5_results/02_measure.ipynb #f474d888
@@ -65,16 +67,16 @@ def _training_step(
     experiment: Experiment,
     persons: int,  # in the batch
     device: torch.device,
-) -> tuple[nn.Module, int]:  # the network afterwards; bytes at the peak, beyond those before
+) -> tuple[nn.Module, int, set[str]]:  # the network afterwards; bytes at the peak, beyond those before; forms of its blocks
     "One training step with random images."
     (w, h), before = experiment.model.input_size, 0 if device.type == 'cuda' else psutil.Process().memory_info().rss
     model = experiment.model.build(pretrained=False).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters())
     images = torch.randn(persons, 3, h, w, device=device).to(memory_format=torch.channels_last)
     targets, weights = torch.rand(persons, 17, h // model.stride, w // model.stride, device=device), torch.ones(persons, 17, device=device)
-    heatmap_loss(model(images), targets, weights).backward()
+    with forms_seen(model) as forms: heatmap_loss(model(images), targets, weights).backward()
     optimizer.step()
-    return model, _peak_memory(device) - before
+    return model, _peak_memory(device) - before, forms
 
 # %% ../../nbs/5_results/02_measure.ipynb #24a5e524
 @torch.inference_mode()
@@ -110,7 +112,7 @@ def _time_and_memory(
     torch.set_num_threads(threads)
     device, (w, h) = experiment.machine.torch_device(), experiment.model.input_size
     torch.manual_seed(0)
-    model, memory = _training_step(experiment, persons, device)
+    model, memory, forms = _training_step(experiment, persons, device)
     model.eval().zero_grad()
     models = dict(own=model)
     if experiment.model.block:
@@ -121,7 +123,7 @@ def _time_and_memory(
         seconds = _in_turns(models, some, least)
         found[f'seconds_{name}'] = statistics.median(seconds['own']) / len(some)
         found[f'ratio_{name}'] = median_ratio(seconds['own'], seconds['plain']) if len(models) > 1 else None
-    return dict(training_memory=memory, **found)
+    return dict(training_memory=memory, form=' + '.join(sorted(forms)) or None, **found)
 
 # %% ../../nbs/5_results/02_measure.ipynb #b30f0b9d
 def measure(

@@ -32,7 +32,7 @@ def _runs_obtained(page: Page) -> list[str]:
     for row in page.rows:
         for seed, run in row.runs.items():
             v, t, code = run.evaluation, run.training, run.training.provenance.code
-            commit = f'commit {code.commit[:10]}{" (changed)" if code.changed else ""}' if code.commit else 'no commit'
+            commit = f'commit {code.commit[:10]}{" (changed)" if code.changed else ""}' if code.commit else f'version {code.version}, not from a checkout'
             line = (f'{v.persons} persons in {v.images} images, {v.num_boxes} boxes of {v.box_file}; {_plural(t.epochs, "epoch")}, '
                     f'{_plural(t.processes, "process", "es")} on {t.provenance.device}; {commit}, torch {t.provenance.libraries["torch"]}'
                     + (', run elsewhere' if here and seed in row.committed else ''))
@@ -52,8 +52,8 @@ def _costs_obtained(page: Page) -> list[str]:
 # %% ../../nbs/5_results/06_pages.ipynb #4634e8aa
 def _notes(page: Page) -> list[str]:
     "How to read the tables"
-    notes = ['numbers are means over seeds; intervals over images: 95 %, bootstrap, differences paired; over seeds: Dunnett, 95 % for all rows of a baseline '
-             'together; "beyond both": 0 lies in neither, which is no 5 % test of the rows together']
+    notes = ['numbers are means over seeds; intervals are of 95 %; over images alone: bootstrap, differences paired; over images and seeds: all rows of a '
+             'baseline at once; "beyond chance": it does not contain 0, which happens in 5 of 100 families of worthless rows']
     if any(row.measured and row.measured.ratio_alone for row in page.rows):
         notes.append('for the block: beside the same network without it, in turns; the figure places it by this ratio, since the milliseconds of two '
                      'rows were measured at different times')
@@ -146,10 +146,10 @@ def _draw_points(axes: Axes, rows: list[Row], cost: Callable[[Row], float], scor
 def _draw_scatter(axes: Axes, rows: list[Row], cost: Callable[[Row], float]) -> None:
     "The interval over images of each row that was run, and its seeds"
     for row in rows:
-        if not row.runs: continue
+        if not row.values('AP'): continue
         x, color = cost(row), COLOURS[row.experiment.model.block]
         axes.plot([x, x], row.resampled('AP').interval(), color=color, lw=1, alpha=0.5)
-        axes.plot([x] * len(row.runs), row.values('AP'), '_', color=color, ms=10)
+        axes.plot([x] * len(row.values('AP')), row.values('AP'), '_', color=color, ms=10)
 
 # %% ../../nbs/5_results/06_pages.ipynb #e516eec7
 def _draw_legend(axes: Axes, rows: list[Row]) -> None:

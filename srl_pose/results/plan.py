@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
-from .costs import Exchange, StepCounts, StepTimes, count_step, time_exchange, time_steps, time_together
+from .costs import Exchange, StepCounts, StepTimes, count_step, form_to_count, time_exchange, time_steps, time_together
 from ..experiment.experiment import Experiment, Positive, Section
 from ..files import whole_file
 from ..timing import usable_cores
@@ -302,6 +302,8 @@ def plan_notes(
     for m in machines[:1]:
         notes.append(f'Simulated: from data sheets, of which {m.arithmetic_share:.0%} of the arithmetic and {m.bandwidth_share:.0%} of the '
                      f'bandwidth are assumed to be reached, with {m.loading_cores} loading cores per GPU as fast as one here.')
+        notes.append('Simulated spectral blocks: ' + ('the kernels, by the bytes they read and write; no GPU has run them yet.' if form_to_count() == 'Triton' else
+                                                      'their definition, as a GPU runs it unless SRL_POSE_GPU=1 is set.'))
     return notes
 
 # %% ../../nbs/5_results/08_plan.ipynb #9c0d0c18

@@ -117,7 +117,7 @@ IDENTITY = [
 ]
 
 # %% ../../nbs/5_results/05_table.ipynb #4506e66f
-def _number(value: float) -> str: return f'{value:.3f}'
+def _number(value: float) -> str: return '–' if value < 0 else f'{value:.3f}'  # COCO's -1
 def _signed(value: float) -> str: return f'{value:+.3f}'
 def _interval(pair: tuple[float, float]) -> str: return '{:.3f} to {:.3f}'.format(*pair)
 def _signed_interval(pair: tuple[float, float]) -> str: return '{:+.3f} to {:+.3f}'.format(*pair)
@@ -136,12 +136,12 @@ def _scatter(score: str) -> list[Column]:
     return [
         Column(f'{score}_interval', '95 % over images', lambda line: (r := line.row.resampled(score)) and r.interval(), _interval, f'{score}_low {score}_high', _not_run),
         Column(f'{score}_sd', '± over seeds', lambda line: line.row.spread(score), _number, absent=_not_run),
-        Column(f'{score}_short', f'{score} ± over seeds', lambda line: (line.row.mean(score), line.row.spread(score)), _mean_and_spread, '', _not_run)]
+        Column(f'{score}_short', f'{score} ± over seeds', lambda line: line.row.values(score) and (line.row.mean(score), line.row.spread(score)) or None, _mean_and_spread, '', _not_run)]
 
 
 def _above_paper(line: Line) -> float | None:
     "AP; the paper's is of a detector's boxes, others are not compared with it"
-    return line.row.mean('AP') - line.paper.scores['AP'] if line.paper and line.row.experiment.evaluate.boxes == 'detector' else None
+    return line.row.mean('AP') - line.paper.scores['AP'] if line.paper and line.row.values('AP') and line.row.experiment.evaluate.boxes == 'detector' else None
 
 
 ACCURACY = [*map(_accuracy, (*METRICS, 'PCK')), *_scatter('AP'), *_scatter('PCK'), Column('above_paper', 'ours − paper', _above_paper, _signed, '', _not_run)]
@@ -159,9 +159,9 @@ def _comparison(score: str) -> list[Column]:
     return [
         Column(f'{score}_claimed', 'paper', lambda line: _claimed(line) if score == 'AP' else None, _signed, ''),
         Column(f'{score}_difference', 'ours', lambda line: line.more[score].value, _signed, absent=absent),
-        Column(f'{score}_images', '95 % over images', lambda line: line.more[score].images, _signed_interval, f'{score}_images_low {score}_images_high', absent),
-        Column(f'{score}_seeds', '95 % over seeds, all together', lambda line: line.more[score].seeds, _signed_interval, f'{score}_seeds_low {score}_seeds_high', absent),
-        Column(f'{score}_certain', 'beyond both', lambda line: line.more[score].certain, {True: '**yes**', False: 'no'}.get, '', absent)]
+        Column(f'{score}_images', '95 % over images alone', lambda line: line.more[score].images, _signed_interval, f'{score}_images_low {score}_images_high', absent),
+        Column(f'{score}_both', '95 % over images and seeds', lambda line: line.more[score].interval, _signed_interval, f'{score}_both_low {score}_both_high', absent),
+        Column(f'{score}_certain', 'beyond chance', lambda line: line.more[score].certain, {True: '**yes**', False: 'no'}.get, '', absent)]
 
 
 COMPARISON = [
@@ -276,7 +276,7 @@ def difference_table(page: Page) -> str | None:
     cells, lines = [], lines_of(page.rows)
     for score in SCORES:
         shown = [Column('score', 'score', lambda line, score=score: score, left=True),
-                 *columns(f'row compared_with {score}_claimed {score}_difference {score}_images {score}_seeds {score}_certain')]
+                 *columns(f'row compared_with {score}_claimed {score}_difference {score}_images {score}_both {score}_certain')]
         cells += [[c.text(line) for c in shown] for line in lines if score in line.more or score == 'AP' and _claimed(line) is not None]
     return markdown_table(shown, cells) if cells else None
 
@@ -307,7 +307,7 @@ def learned_table(page: Page) -> str | None:
 # %% ../../nbs/5_results/05_table.ipynb #f00a6504
 def summary_table(page: Page, score: str = 'AP') -> str:
     "A line for each row: its score, how much it exceeds its baseline's, how sure that is, and what it costs in time."
-    shown = columns(f'row block {score}_short {score}_difference {score}_images {score}_seeds {score}_certain ratio_alone',
+    shown = columns(f'row block {score}_short {score}_difference {score}_images {score}_both {score}_certain ratio_alone',
                     **{f'{score}_difference': 'more than its baseline', 'ratio_alone': 'time of an image'})
     return markdown_table(shown, ([c.text(line) for c in shown] for line in lines_of(page.rows)))
 

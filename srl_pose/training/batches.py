@@ -20,6 +20,7 @@ from ..data.coco import CocoPersons, normalize
 from ..evaluation.evaluate import coco_results, evaluate_results
 from ..pose.crops import keypoints_to_image
 from ..pose.heatmap import Heatmaps, heatmap_accuracy, heatmap_loss
+from ..pose.warp import REGION_FIELDS, warp_regions
 from .launch import gather, rank_and_world
 
 # %% ../../nbs/4_training/07_batches.ipynb #dea694c8
@@ -41,12 +42,14 @@ def to_device(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
 
 # %% ../../nbs/4_training/07_batches.ipynb #01b195ca
 def prepare(
-    batch: dict[str, Tensor],  # of a `CocoPersons` loader
+    batch: dict[str, Tensor],  # of a `CocoPersons` loader, see `collate`
     heatmaps: Heatmaps,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:  # images (B, 3, H, W), targets (B, K, h, w), weights (B, K)
     "Normalised images (channels last, twice as fast on a CPU) and drawn heatmaps, on the device."
-    images, keypoints, visible = to_device([batch[k] for k in ('image', 'keypoints', 'visible')], device)
+    pixels = ('image',) if 'image' in batch else REGION_FIELDS
+    keypoints, visible, *pixels = to_device([batch[name] for name in ('keypoints', 'visible', *pixels)], device)
+    images = pixels[0] if 'image' in batch else warp_regions(*pixels, heatmaps.input_size)
     return normalize(images).to(memory_format=torch.channels_last), *heatmaps.encode(keypoints, visible)
 
 # %% ../../nbs/4_training/07_batches.ipynb #69eac037

@@ -74,21 +74,24 @@ class SumOverProcesses(torch.autograd.Function):
 
 # %% ../../nbs/4_training/08_recipe.ipynb #6f7e0c02
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    "BatchNorm2d with the statistics of all processes, for CPUs."
+    "BatchNorm2d with the statistics of all processes, for CPUs; half precision is summed in float32."
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()): return super().forward(x)
-        total = SumOverProcesses.apply
-        count = total(x.new_tensor(x.numel() / x.shape[1]))
-        mean = total(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        variance = total(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        slope = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias[:, None, None], centred, slope[:, None, None])
+        total, wide = SumOverProcesses.apply, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        with torch.autocast('cpu', enabled=False):
+            count = total(torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)).item()
+            if count < 2: raise ValueError(f'expected more than 1 value per channel over all processes, x has shape {tuple(x.shape)}')
+            mean = total(wide.sum((0, 2, 3))) / count
+            centred = wide - mean[:, None, None]
+            variance = total(centred.square().sum((0, 2, 3))) / count
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+                self.running_var.lerp_((variance * (count / (count - 1))).to(self.running_var), momentum)
+            slope = self.weight * (variance + self.eps).rsqrt()
+            return torch.addcmul(self.bias[:, None, None].to(slope), centred, slope[:, None, None]).to(x.dtype)
 
 
 def synchronise_batchnorm(

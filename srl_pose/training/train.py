@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from ..data.coco import normalize
-from ..experiment.experiment import Experiment, MachineParams
+from ..data.coco import collate, normalize
+from ..experiment.experiment import EvaluateParams, Experiment, MachineParams
 from ..experiment.params import ParameterError, load_experiment
 from ..experiment.provenance import provenance
 from ..files import DataError, project_root, write_json
@@ -69,7 +69,7 @@ class Data:
         self.batches = GlobalBatches(len(self.train_set), p.batch_size, seed=p.seed, rank=rank, world=world, at_once=at_once,
                                      steps=p.steps_per_epoch)
         options = loading_options(machine)
-        self.loader = DataLoader(self.train_set, batch_sampler=self.batches, generator=torch.Generator(), **options)
+        self.loader = DataLoader(self.train_set, batch_sampler=self.batches, collate_fn=collate, generator=torch.Generator(), **options)
         self.val_loader = validation_loader(self.val_set, min(p.batch_size, 32), **options)
         self.heatmaps, self.steps = experiment.build_heatmaps(), len(self.batches)  # steps per epoch
 
@@ -174,7 +174,7 @@ def find_for_all(
     found, error = None, None
     if rank_and_world()[0] == 0:
         try:
-            found = find_training(resume or out / 'last.pt', experiment, identity, named=resume is not None, say=say)
+            found = find_training(out, experiment, identity, named=resume, say=say)
         except CheckpointError as e:
             error = e
     found, error = from_first((found, error))
@@ -189,7 +189,7 @@ class Run:
         self,
         experiment: Experiment,
         out: Path,  # folder for model.pt, best.pt, last.pt, train.json and curves/
-        resume: str | Path | None = None,  # checkpoint to go on from; None: out/last.pt, if it fits
+        resume: str | Path | None = None,  # checkpoint to go on from; None: the furthest of this run in out, if there is one
     ):
         self.experiment, self.out, self.p = experiment, out, experiment.train
         self.rank, self.world = rank_and_world()
@@ -297,7 +297,7 @@ def measure_validation(run: Run) -> dict[str, float]:
     "Measures of `validate`, of the weights that would be kept; empty where the epoch has none."
     p, at, learner = run.p, run.at, run.learner
     if (at.epoch + 1) % p.validate_every and at.epoch + 1 < p.epochs: return {}
-    thresholds = run.experiment.evaluate.model_dump(include={'confidence_threshold', 'nms_threshold'}) if p.validate_ap else None
+    thresholds = EvaluateParams().model_dump(include={'confidence_threshold', 'nms_threshold'}) if p.validate_ap else None
     with learner.autocast():
         values = validate(learner.update.weights, run.data.val_loader, run.data.heatmaps, learner.device, average_precision=thresholds)
     learner.train()
@@ -354,15 +354,14 @@ def save(
     "Write last.pt, and best.pt if there are better weights. Called in all processes at the same step."
     random, update = gather(random_state()), run.learner.update
     if run.rank == 0:
-        about = run.experiment, summary_of(run)
+        about, known = (run.experiment, summary_of(run)), dict(identity=run.identity, keypoint_set=run.data.train_set.keypoint_set)
         if run.best_weights is not None:
-            save_checkpoint(run.out / 'best.pt', run.best_weights, *about, identity=run.identity)
+            save_checkpoint(run.out / 'best.pt', run.best_weights, *about, **known)
             run.best_weights = None
         losses = run.losses[:0] if losses is None else losses
         training = asdict(run.at) | dict(seconds=run.at.seconds + run.watch.seconds(), losses=losses.cpu(),
                                          update=None if complete else update.state_dict(), random=random)
-        save_checkpoint(run.out / 'last.pt', update.weights if complete else run.learner.model, *about,
-                        identity=run.identity, training=training)
+        save_checkpoint(run.out / 'last.pt', update.weights if complete else run.learner.model, *about, training=training, **known)
     run.saved = time.monotonic()
 
 
@@ -372,7 +371,7 @@ def finish(run: Run) -> dict:
     save(run, complete=True)
     if run.rank == 0:
         summary['residual_ratio'] = measure_ratios(run)
-        save_checkpoint(run.out / 'model.pt', weights, run.experiment, summary, identity=run.identity)
+        save_checkpoint(run.out / 'model.pt', weights, run.experiment, summary, identity=run.identity, keypoint_set=run.data.train_set.keypoint_set)
         write_json(run.out / 'train.json', summary)
         run.watch.end(prediction_page(weights, run.data.val_set, run.data.heatmaps, run.learner.device))
     return summary
@@ -381,7 +380,7 @@ def finish(run: Run) -> dict:
 def fit(
     experiment: Experiment,
     out: str | Path,  # folder for model.pt, best.pt, last.pt, train.json and curves/
-    resume: str | Path | None = None,  # checkpoint to go on from; None: out/last.pt, if it fits
+    resume: str | Path | None = None,  # checkpoint to go on from; None: the furthest of this run in out, if there is one
 ) -> dict:  # summary: epochs, seconds, samples_per_second, loss, val_loss, val_accuracy, processes, provenance, …
     "Train one experiment, from its last checkpoint on; with several processes, called in each."
     with only_writer(out) if rank_and_world()[0] == 0 else nullcontext():
@@ -406,7 +405,7 @@ def fit(
 def train(
     experiment: Experiment,
     out: str | Path,  # folder for model.pt, best.pt, last.pt, train.json, curves/ and, with several processes, logs/
-    resume: str | Path | None = None,  # checkpoint to go on from; None: out/last.pt, if it fits
+    resume: str | Path | None = None,  # checkpoint to go on from; None: the furthest of this run in out, if there is one
 ) -> dict:  # the summary of `fit`
     "Train one experiment on this machine, with as many processes as `machine.processes` says, or as one that torchrun started."
     machine, out = experiment.machine, Path(out)
@@ -430,7 +429,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument('row', help='name of the row')
     parser.add_argument('--seed', type=int, help='one of its seeds (default: the first)')
     parser.add_argument('--out', type=Path, help='folder of the results (default: outputs/SET/RECIPE/runs/ROW-SEED in the project)')
-    parser.add_argument('--resume', type=Path, help='checkpoint to go on from (default: last.pt in that folder, if it fits)')
+    parser.add_argument('--resume', type=Path, help='checkpoint to go on from (default: the furthest of this run in that folder)')
     options = parser.parse_args(args)
     try:
         experiment = load_experiment(options.row, seed=options.seed)

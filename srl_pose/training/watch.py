@@ -117,7 +117,8 @@ def time_shares(
     total = sum(seconds.values()) or 1.0
     text = '  '.join(f'{part} {100 * s / total:.0f} %' for part, s in seconds.items())
     if seconds['data'] > 0.1 * total:
-        text += f'\nwarning: {100 * seconds["data"] / total:.0f} % of the time is waiting for data: more machine.workers, or faster storage'
+        text += f'\nwarning: {100 * seconds["data"] / total:.0f} % of the time is waiting for data: more machine.workers, ' \
+            'faster storage, decoded images (machine.image_cache_gb), or crops made by a GPU (train.crops: device)'
     return text
 
 # %% ../../nbs/4_training/10_watch.ipynb #2b5e0c07

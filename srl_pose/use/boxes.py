@@ -18,11 +18,11 @@ from torchvision.models import get_model
 
 from ..files import DataError, read_json
 from .frames import Frame
-from ..pose.pose_net import read_weights
+from ..pose.pose_net import read_weights, unwrap
 
 # %% ../../nbs/6_use/03_boxes.ipynb #2d25af77
 Boxes = tuple[np.ndarray, np.ndarray]  # (N, 4) as x, y, w, h in pixels, and (N,) scores
-BoxSource = Callable[[list[Frame]], list[Boxes]]  # of several frames at once
+BoxSource = Callable[[list[Frame]], list[Boxes | DataError]]  # of several frames at once; an error costs its frame only
 
 
 def check_boxes(
@@ -48,22 +48,33 @@ def whole_images(frames: list[Frame]) -> list[Boxes]:
     return [(np.array([[0, 0, f.image.shape[1], f.image.shape[0]]], float), np.ones(1)) for f in frames]
 
 # %% ../../nbs/6_use/03_boxes.ipynb #e153a43c
+def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e10
+
+
+def _entry_error(entry):
+    "What is wrong with an entry that belongs to an image, in words; empty if nothing is"
+    box, score, category = (entry.get(name, usual) for name, usual in (('bbox', None), ('score', 1.0), ('category_id', 1)))
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)): return f'.bbox is {box!r:.60}, must be [x, y, width, height], finite numbers'
+    if not _is_number(score): return f'.score is {score!r:.60}, must be a finite number'
+    return '' if _is_number(category) else f'.category_id is {category!r:.60}, must be a number (1: person)'
+
+
 def boxes_by_image(
     entries: list,  # COCO results
     name: str | Path,  # of their file, for messages
     *,
     threshold: float = 0.0,  # boxes of a lower score are left out
-) -> dict[str, list[dict]]:  # file name or number of the image -> its entries
-    "Entries of persons, sorted by image. `DataError` names the first that cannot be used."
+) -> dict[str, list[dict] | DataError]:  # file name or number of the image -> its entries, or why they cannot be used
+    "Entries of persons, sorted by image. `DataError` names the first that belongs to no image."
     if not isinstance(entries, list): raise DataError(f'{name}: must hold a list of detections')
-    found = {}
+    found, errors = {}, {}
     for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get('bbox'), list) or len(entry['bbox']) != 4:
-            raise DataError(f'{name}: [{i}] needs bbox, [x, y, width, height]')
-        key = entry.get('file_name', entry.get('image_id'))
-        if key is None: raise DataError(f'{name}: [{i}] needs file_name or image_id')
-        if entry.get('category_id', 1) == 1 and entry.get('score', 1) >= threshold: found.setdefault(str(key), []).append(entry)
-    return found
+        key = entry.get('file_name', entry.get('image_id')) if isinstance(entry, dict) else None
+        if not isinstance(key, (str, int, float)): raise DataError(f'{name}: [{i}] needs file_name or image_id, and bbox')
+        key = str(int(key) if isinstance(key, float) and key.is_integer() else key)
+        if wrong := _entry_error(entry): errors.setdefault(key, DataError(f'{name}: [{i}]{wrong}'))
+        elif entry.get('category_id', 1) == 1 and entry.get('score', 1) >= threshold: found.setdefault(key, []).append(entry)
+    return found | errors
 
 
 def boxes_from_file(
@@ -78,6 +89,7 @@ def boxes_from_file(
         path = Path(frame.name)
         keys = [frame.name, path.name, path.stem, *([str(int(path.stem))] if path.stem.isdecimal() else [])]
         mine = next((known[k] for k in keys if k in known), [])
+        if isinstance(mine, DataError): return mine
         return np.array([e['bbox'] for e in mine], float).reshape(-1, 4), np.array([e.get('score', 1.0) for e in mine], float)
     return lambda frames: list(map(of_frame, frames))
 
@@ -95,7 +107,7 @@ def load_detector(
     if Path(weights).is_file():
         model = get_model(name, weights=None, weights_backbone=None)
         try:
-            model.load_state_dict(read_weights(weights))
+            model.load_state_dict(unwrap(read_weights(weights), anchor=None).state)
         except Exception as error:
             raise DataError(f'{weights}: does not fit {name} ({str(error).splitlines()[0]})') from None
         return model.eval()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'COMMANDS', 'EXPLAINED', 'OWN', 'at_least', 'listed', 'input_size', 'arguments', 'two_strides',
-           'add_network', 'add_predict', 'run_predict', 'add_export', 'run_export', 'add_check', 'run_check',
-           'add_download', 'run_download', 'add_select', 'run_select', 'add_check_row', 'run_check_row', 'add_rows',
-           'run_rows', 'add_publish', 'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'main']
+           'add_network', 'add_predict', 'run_predict', 'add_export', 'run_export', 'numbers', 'name_pairs',
+           'add_check', 'run_check', 'add_download', 'run_download', 'add_select', 'run_select', 'add_check_row',
+           'run_check_row', 'add_stage', 'run_stage', 'add_rows', 'run_rows', 'add_publish', 'run_publish', 'add_plan',
+           'run_plan', 'build_parser', 'explains_itself', 'main']
 
 # %% ../../nbs/6_use/08_command.ipynb #c11c0003
 import argparse
@@ -58,6 +59,7 @@ def two_strides(text: str) -> tuple[int, ...]:
 def add_network(command: argparse.ArgumentParser) -> None:
     "The arguments that `predict` and `export` share."
     command.add_argument('--input-size', metavar='HxW', type=input_size, help='height x width, such as 256x192; needed where the checkpoint does not say')
+    command.add_argument('--keypoints', metavar='ANNOTATIONS', help="annotation file that names the keypoints (default: what the checkpoint says, or COCO's)")
     command.add_argument('--color-order', choices=('RGB', 'BGR'), help="order that the network expects (default: what the checkpoint says; BGR for the original's)")
     unsaid = command.add_argument_group("what a checkpoint of the original or of Simple Baselines does not say", argument_default=argparse.SUPPRESS)
     unsaid.add_argument('--strides', metavar='S,S', type=two_strides, help='of layer3 and layer4 (default: that lead to heatmaps of a quarter)')
@@ -79,7 +81,6 @@ def add_predict(commands) -> None:
     command.add_argument('--box-threshold', type=float, help='boxes of a lower score are left out (default: 0.5 with --detector, else 0)')
     add_network(command)
     command.add_argument('--decoder', choices=('quarter', 'none', 'dark', 'udp'), help='how heatmaps are read (default: what the checkpoint says)')
-    command.add_argument('--keypoints', metavar='ANNOTATIONS', help="annotation file that names the keypoints (default: COCO's)")
     command.add_argument('--no-flip', dest='flip_test', action='store_false', help='do not average with the mirrored image: twice as fast')
     command.add_argument('--batch-size', type=at_least(1), default=32, help='persons at once (default: 32)')
     command.add_argument('--threshold', type=float, default=0.2, help='keypoints of a lower confidence are not drawn (default: 0.2)')
@@ -110,12 +111,30 @@ def run_export(options: argparse.Namespace) -> None:
     print(export_command(**arguments(options)))
 
 # %% ../../nbs/6_use/08_command.ipynb #d6a4beaa
+def numbers(text: str) -> list[float]:
+    "Positive numbers with commas between them."
+    try:
+        if (found := [float(part) for part in text.split(',')]) and all(0 < v < float('inf') for v in found): return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'must be positive numbers with commas between them, is {text}')
+
+
+def name_pairs(text: str) -> list[tuple[str | int, ...]]:
+    "Pairs of names or numbers, such as left_eye:right_eye,4:5."
+    pairs = [tuple(int(part) if part.isdecimal() else part for part in map(str.strip, pair.split(':'))) for pair in text.split(',')] if text.strip() else []
+    if any(len(pair) != 2 or '' in pair for pair in pairs): raise argparse.ArgumentTypeError(f'must be pairs such as left_eye:right_eye,4:5, is {text}')
+    return pairs
+
+
 def add_check(commands) -> None:
     "`srl-pose check`"
     command = commands.add_parser('check', help='report all that is in a data set, and all that is wrong with it')
     command.add_argument('data', help='folder with annotations/ and images/, which may be zip archives')
     command.add_argument('--splits', type=listed, help='such as train2017,val2017; without it, all that are annotated')
     command.add_argument('--detections', help="a detector's boxes of the last split, relative to the folder")
+    command.add_argument('--sigmas', type=numbers, help='OKS tolerances instead of those in the files: one for each keypoint, or one for all')
+    command.add_argument('--flip-pairs', type=name_pairs, help='left:right keypoints instead of those that the files tell, by name or by number from 1: left_eye:right_eye,4:5')
     command.add_argument('--out', help='folder for report.txt, report.json and pages of random persons')
     command.add_argument('--seed', type=at_least(0), default=0, help='of the choice of these persons (default: 0)')
     command.add_argument('--workers', type=at_least(1), default=1, help='threads that read images (default: 1)')
@@ -125,7 +144,8 @@ def add_check(commands) -> None:
 def run_check(options: argparse.Namespace) -> bool:  # is anything wrong?
     from srl_pose.data.check import check
 
-    report = check(options.data, options.splits, detections=options.detections, out=options.out, seed=options.seed, workers=options.workers)
+    report = check(options.data, options.splits, detections=options.detections, sigmas=options.sigmas, flip_pairs=options.flip_pairs,
+                   out=options.out, seed=options.seed, workers=options.workers)
     print(report, end='')
     return bool(report.errors)
 
@@ -172,6 +192,32 @@ def run_check_row(options: argparse.Namespace) -> None:
     from srl_pose.experiment.params import load_experiment
 
     load_experiment(options.row).check_data()
+
+# %% ../../nbs/6_use/08_command.ipynb #19a0c002
+def add_stage(commands) -> None:
+    "`srl-pose stage`"
+    command = commands.add_parser('stage', help='run a stage of dvc.yaml, without DVC')
+    command.add_argument('name', choices=('train', 'evaluate', 'measure', 'table'))
+    command.add_argument('--row', help='name of a row of params.yaml')
+    command.add_argument('--seed', type=int, help='one of its seeds')
+    command.set_defaults(run=run_stage)
+
+
+def run_stage(options: argparse.Namespace) -> None:
+    import os
+
+    from srl_pose.experiment.params import load_experiment, load_experiments
+    from srl_pose.files import project_root
+
+    values = {name: getattr(options, name) for name in ('row', 'seed') if getattr(options, name) is not None}
+    e = load_experiment(**values) if values else next(iter(load_experiments().values()))
+    folder = dict(measure=e.folder().parent / 'measured', table=e.folder()).get(options.name, e.run_folder())
+    if options.name == 'train': e.check_data()
+    if options.name == 'evaluate': e.metrics_file().parent.mkdir(parents=True, exist_ok=True)
+    executed = folder / f'{options.row if options.name == "measure" else options.name}.ipynb'
+    given = [word for name, value in values.items() for word in ('-r', name, str(value))]
+    os.chdir(project_root())
+    os.execv('scripts/stage.sh', ['stage.sh', f'nbs/stages/{options.name}.ipynb', str(executed.relative_to(project_root())), *given])
 
 # %% ../../nbs/6_use/08_command.ipynb #436a5bbb
 def add_rows(commands) -> None:
@@ -225,9 +271,9 @@ EXAMPLES = """examples:
   srl-pose export model.pt pose.onnx                                                  for other runtimes
   srl-pose check /datasets/coco                                                       what is in a data set, and what is wrong with it
 
-select, check-row, rows, publish and plan belong to a checkout of the project, whose params.yaml says what is trained.
+select, check-row, stage, rows, publish and plan belong to a checkout of the project, whose params.yaml says what is trained.
 """
-COMMANDS = add_predict, add_export, add_check, add_download, add_select, add_check_row, add_rows, add_publish, add_plan  # as the help lists them
+COMMANDS = add_predict, add_export, add_check, add_download, add_select, add_check_row, add_stage, add_rows, add_publish, add_plan  # as the help lists them
 
 
 def build_parser() -> argparse.ArgumentParser:

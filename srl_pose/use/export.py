@@ -21,6 +21,7 @@ from ..data.coco import MEAN, STD
 from ..files import whole_file
 from .inference import exportable
 from ..pose.heatmap import check_input_size
+from ..pose.keypoints import read_keypoint_set
 from .predict import Predictor
 
 # %% ../../nbs/6_use/06_export.ipynb #e2f4d044
@@ -95,13 +96,15 @@ def export_command(
     out: str,  # ONNX file
     *,
     input_size: tuple[int, int] | None = None,  # (w, h); None: what the checkpoint says
+    keypoints: str | None = None,  # annotation file whose keypoints the network predicts; None: what the checkpoint says, or COCO's
     **options,  # of `Predictor.load`
 ) -> str:  # what was written
     "Export a checkpoint."
-    predictor = Predictor.load(weights, input_size=input_size, device='cpu', **options)
+    points = read_keypoint_set(keypoints) if keypoints else None
+    predictor = Predictor.load(weights, input_size=input_size, keypoint_set=points, device='cpu', **options)
     (w, h), (columns, rows) = predictor.input_size, predictor.heatmaps.size
     metadata = dict(color_order=predictor.color_order, mean=json.dumps(MEAN), std=json.dumps(STD), decoder=predictor.heatmaps.decoder,
-                    keypoints=json.dumps(predictor.keypoint_set.names), input_size=json.dumps([w, h]))
+                    keypoints=json.dumps(predictor.keypoint_set.names), keypoint_set=json.dumps(predictor.keypoint_set.plain()), input_size=json.dumps([w, h]))
     error = to_onnx(predictor.model, out, (w, h), metadata=metadata)
     return (f'{out}: images (batch, 3, {h}, {w}) in {metadata["color_order"]}, normalised -> heatmaps (batch, {len(predictor.keypoint_set)}, {rows}, {columns}); '
             f'onnxruntime differs by {error:.1e} of the largest')

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..training.checkpoint import CheckpointError, load_checkpoint
+from ..training.checkpoint import CheckpointError, build_from, read_checkpoint
 from ..data.coco import normalize
 from ..pose.crops import box_to_center_scale, crop_matrix, crop_window, keypoints_to_image, warp_crop
 from ..data.draw import draw_poses
@@ -44,22 +44,22 @@ def read_network(
     say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
     color_order: str | None = None,  # RGB or BGR, where it is known better
     **unsaid,  # of `load_original`: strides, dilate, caffe, edges, norm
-) -> tuple[nn.Module, dict]:  # and its input_size (None: unknown), color_order and decoder
+) -> tuple[nn.Module, dict]:  # and its input_size and keypoint_set (None: unknown), color_order and decoder
     "A network and what its file says of its input. `CheckpointError` for any other file, and for what it says itself."
     if not Path(weights).is_file(): raise CheckpointError(f'{weights}: no such file')
     try:
-        model, experiment, _ = load_checkpoint(weights)
+        model, experiment, points = build_from(read_checkpoint(weights), weights)
     except CheckpointError as error:
         ours = str(error).removeprefix(f'{weights}: ')
     else:
         if unsaid: raise CheckpointError(f'{weights}: {", ".join(unsaid)}: is a checkpoint of srl_pose, which says this itself')
-        return model, dict(input_size=experiment.model.input_size, color_order=color_order or 'RGB', decoder=experiment.model.decoder)
+        return model, dict(input_size=experiment.model.input_size, color_order=color_order or 'RGB', decoder=experiment.model.decoder, keypoint_set=points)
     try:
         found = load_original(weights, input_size=input_size, **unsaid, **(dict(color_order=color_order) if color_order else {}))
     except ValueError as theirs:
         raise CheckpointError(f'{weights}: neither a checkpoint of srl_pose ({ours}) nor one of the original ({theirs})') from None
     say(f'{weights}: {found.report}')
-    return found.model, dict(input_size=input_size, color_order=found.color_order, decoder='quarter')
+    return found.model, dict(input_size=input_size, color_order=found.color_order, decoder='quarter', keypoint_set=None)
 
 # %% ../../nbs/6_use/04_predict.ipynb #ca346a70
 def check_network(
@@ -68,18 +68,21 @@ def check_network(
     input_size: tuple[int, int] | None,  # (w, h) px
     keypoint_set: KeypointSet,
 ) -> tuple[int, int]:  # the size
-    "`CheckpointError` unless a network fits a size and a keypoint set."
+    "`CheckpointError` unless a network fits a size and a keypoint set, and its numbers are finite."
     if input_size is None:
         raise CheckpointError(f'{weights}: input_size: holds weights only, and they fit crops of any size; say the one it was trained '
                               'with, such as 256x192 (height x width)')
     if (count := len(model.final_layer.weight)) != len(keypoint_set):
         raise CheckpointError(f'{weights}: predicts {count} keypoints, the keypoint set has {len(keypoint_set)} '
                               f'({", ".join(keypoint_set.names[:3])}, ...); give the annotation file it was trained with')
+    if wrong := next((name for name, t in model.state_dict().items() if not t.isfinite().all()), None):
+        raise CheckpointError(f'{weights}: {wrong} holds numbers that are not finite, as after a training run that diverged')
     try:
         size = check_input_size(input_size)
-        with torch.inference_mode(): model(torch.zeros(1, 3, *size[::-1]))
+        with torch.inference_mode(): maps = model(torch.zeros(1, 3, *size[::-1]))
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f'{weights}: does not fit input_size {input_size} ({error})') from None
+    if not maps.isfinite().all(): raise CheckpointError(f'{weights}: gives heatmaps that are not finite')
     return size
 
 # %% ../../nbs/6_use/04_predict.ipynb #c9b835f4
@@ -113,16 +116,16 @@ class Predictor:
         input_size: tuple[int, int] | None = None,  # (w, h); None: what the checkpoint says
         color_order: str | None = None,  # RGB or BGR; None: what the checkpoint says, or BGR for the original's
         decoder: str | None = None,  # quarter, none, dark, udp; None: what the checkpoint says, or quarter
-        keypoint_set: KeypointSet | None = None,  # None: COCO's
+        keypoint_set: KeypointSet | None = None,  # None: what the checkpoint says, or COCO's
         device: str | torch.device | None = None,  # None: a GPU if there is one
         say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
         **unsaid,  # of `load_original`, which such a checkpoint does not say: strides, dilate, caffe, edges, norm
     ) -> 'Predictor':
         "`CheckpointError` naming the file and what is wrong or must be said."
         model, known = read_network(weights, input_size, say=say, color_order=color_order, **unsaid)
-        given = dict(input_size=input_size, decoder=decoder)
+        given = dict(input_size=input_size, decoder=decoder, keypoint_set=keypoint_set)
         known |= {name: value for name, value in given.items() if value is not None}
-        points = keypoint_set or COCO_KEYPOINTS
+        points = known['keypoint_set'] or COCO_KEYPOINTS
         size = check_network(model, weights, known['input_size'], points)
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         return cls.of(model.to(device), Heatmaps(size, stride=model.stride, decoder=known['decoder']), points, known['color_order'])
@@ -205,7 +208,10 @@ def _finish(
 ) -> Poses:
     "Poses of an image whose persons are all computed"
     frame, keypoints = item.frame, item.keypoints
-    if frame.error: return Poses(frame.name, (0, 0), keypoints, item.boxes, item.scores, frame.error)
+    if not np.isfinite(keypoints).all():
+        frame.error = f'{frame.name}: the network gives heatmaps that are not finite'
+        item = _broken(predictor, frame)
+    if frame.error: return Poses(frame.name, (0, 0), item.keypoints, item.boxes, item.scores, frame.error)
     places = keypoints_to_image(keypoints[..., :2], item.center, item.scale, predictor.input_size, unbiased=predictor.heatmaps.unbiased)
     keypoints = np.concatenate([places, keypoints[..., 2:]], -1, dtype=np.float32)
     scores = rescore(item.scores, keypoints[..., 2], threshold=confidence_threshold)
@@ -228,6 +234,7 @@ def _open_group(predictor, group, boxes):
     for frame in group:
         if not frame.error:
             try:
+                if isinstance(found[id(frame)], DataError): raise found[id(frame)]
                 yield _cut_persons(predictor, frame, *found[id(frame)])
                 continue
             except DataError as error:
@@ -464,7 +471,7 @@ def predict_command(
     input_size: tuple[int, int] | None = None,  # (w, h) px
     color_order: str | None = None,  # RGB or BGR
     decoder: str | None = None,
-    keypoints: str | None = None,  # annotation file whose keypoints the network predicts; None: COCO's
+    keypoints: str | None = None,  # annotation file whose keypoints the network predicts; None: what the checkpoint says, or COCO's
     flip_test: bool = True,
     batch_size: int = 32,
     threshold: float = 0.2,  # of drawn keypoints
@@ -479,6 +486,7 @@ def predict_command(
     points = read_keypoint_set(keypoints) if keypoints else None
     predictor = Predictor.load(weights, input_size=input_size, color_order=color_order, decoder=decoder, keypoint_set=points, device=device,
                                say=say, **unsaid)
+    if flip_test: predictor.keypoint_set.check_flip(keypoints or weights)
     source = choose_boxes(boxes, detector, detector_weights, box_threshold, predictor.device)
     outputs, broken, persons = Outputs(out, predictor.keypoint_set, pictures=pictures, threshold=threshold), 0, 0
     frames = itertools.islice(read_frames(files), limit)

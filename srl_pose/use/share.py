@@ -16,7 +16,7 @@ except ModuleNotFoundError:
 
 from .. import __version__
 from ..experiment.experiment import Experiment, as_today
-from ..training.checkpoint import CheckpointError, load_checkpoint
+from ..training.checkpoint import CheckpointError, build_from, read_checkpoint
 from ..pose.heatmap import Heatmaps, show_size
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet
 from ..evaluation.metrics import RunMetrics
@@ -59,6 +59,7 @@ def describe_metrics(
     "How good a network is, in a sentence."
     if metrics is None: return 'No metrics are given.'
     (low, high), v = metrics.intervals['AP'], metrics.evaluation
+    if metrics.score('AP') is None: return f'No person of `{metrics.parameters["data"]["val"]}` can be found, so there are no numbers.'
     return (f'AP {metrics.scores["AP"]:.3f} (95 % over images: {low:.3f} to {high:.3f}), AR {metrics.scores["AR"]:.3f}, on {v.persons} persons in {v.images} images '
             f'of `{metrics.parameters["data"]["val"]}`, {v.num_boxes} {"annotated" if v.boxes == "gt" else "detected"} boxes, '
             f'{"with" if v.flip_test else "without"} flip test; seed {metrics.seed}, one run.')
@@ -98,9 +99,8 @@ class SharedPoseResNet(PoseResNet, PyTorchModelHubMixin, library_name='srl_pose'
 
     def predictor(self, device: str | None = None) -> Predictor:
         "Ready to use."
-        points = {name: tuple(map(tuple, v)) if v and isinstance(v[0], list) else tuple(v) for name, v in self.keypoints.items()}
         size = tuple(self.input['size'])
-        return Predictor.of(copy.deepcopy(self).to(device or 'cpu'), Heatmaps(size, stride=self.stride, decoder=self.input['decoder']), KeypointSet(**points),
+        return Predictor.of(copy.deepcopy(self).to(device or 'cpu'), Heatmaps(size, stride=self.stride, decoder=self.input['decoder']), KeypointSet.of(self.keypoints),
                             self.input['color_order'])
 
 
@@ -112,8 +112,7 @@ def configuration(
     m, points = experiment.model, keypoint_set
     return dict(architecture=m.model_dump(mode='json', exclude={'decoder', 'weights'}) | dict(num_keypoints=len(points)),
                 input=dict(size=list(m.input_size), color_order='RGB', decoder=m.decoder),
-                keypoints=dict(names=list(points.names), flip_pairs=[list(p) for p in points.flip_pairs],
-                               skeleton=[list(p) for p in points.skeleton], sigmas=list(points.sigmas)))
+                keypoints=points.plain())
 
 # %% ../../nbs/6_use/07_share.ipynb #adc4147c
 def share(
@@ -122,15 +121,16 @@ def share(
     *,
     data_licence: str,  # of what it was trained on, such as 'COCO: CC BY 4.0 annotations, images as on Flickr'
     metrics: RunMetrics | None = None,  # of the run; None: the card says that none are given
-    keypoint_set: KeypointSet = COCO_KEYPOINTS,
+    keypoint_set: KeypointSet | None = None,  # None: what the checkpoint says, or COCO's
     title: str | None = None,
 ) -> SharedPoseResNet:
     "Write a checkpoint as a folder to be shared. `CheckpointError` if it is none, or if metrics or keypoints are of another network."
-    model, e, _ = load_checkpoint(checkpoint)
+    model, e, points = build_from(read_checkpoint(checkpoint), checkpoint)
+    keypoint_set = keypoint_set or points or COCO_KEYPOINTS
     if metrics and as_today(metrics.parameters).get('model') != e.model.model_dump(mode='json'):
         raise CheckpointError(f'{checkpoint}: is of row {e.name}; the metrics are of row {metrics.row}, another network')
     if (count := len(model.final_layer.weight)) != len(keypoint_set):
-        raise CheckpointError(f'{checkpoint}: predicts {count} keypoints, the keypoint set has {len(keypoint_set)}')
+        raise CheckpointError(f'{checkpoint}: predicts {count} keypoints, the keypoint set has {len(keypoint_set)}; give keypoint_set')
     shared = SharedPoseResNet(**configuration(e, keypoint_set))
     shared.load_state_dict(model.state_dict())
     Path(folder).mkdir(parents=True, exist_ok=True)

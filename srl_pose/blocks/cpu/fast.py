@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['OPERATORS', 'group_slices', 'spectrum_rows', 'map_from_rows', 'as_image', 'edge_columns', 'weigh_rows',
-           'sliced_forward', 'sliced_backward', 'native_gradients', 'is_batch', 'one_by_one', 'SpectralTraining',
-           'spectral_inference', 'has_hooks', 'is_watched', 'allows_fast', 'fast_forward']
+           'sliced_forward', 'sliced_backward', 'native_gradients', 'one_by_one', 'SpectralTraining',
+           'spectral_inference', 'fast_forward']
 
 # %% ../../../nbs/9_cpu/01_fast.ipynb #e06e32bb
-import sys
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..forms import (add_operator, allows_fast, is_batch, layout_of, library_of, refuse_second_derivative, shapes_of_gradients, slope_and_shift,
+                                   update_statistics)
 from ..spectral import SpectralBlock, upper_weights
-from .spectral_native import layout_of, operators, runs_native
+from .spectral_native import operators, runs_native
 
 # %% ../../../nbs/9_cpu/01_fast.ipynb #c5729c40
 def group_slices(
@@ -127,21 +124,19 @@ def native_gradients(grad, weight, alpha, eps, needs_x: bool, edges: str, *kept:
     return d_x, d_weight, torch.zeros_like(d_beta), d_gamma, d_beta
 
 # %% ../../../nbs/9_cpu/01_fast.ipynb #e1fc383e
-OPERATORS = torch.library.Library(__name__.partition('.')[0], 'FRAGMENT')  # srl_pose; while the notebook runs, __main__
-OPERATORS.define('sliced_backward(Tensor grad, Tensor weight, Tensor gamma, Tensor beta, Tensor alpha, float eps, int groups, '
-                 'bool needs_x, str edges, Tensor z, Tensor y, Tensor mean, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)')
+OPERATORS = library_of(__name__)
 
 def _stacked_backward(grad, weight, gamma, beta, alpha, eps, groups, needs_x, edges, *stacked):
     saved = [t for of_slice in zip(*stacked) for t in of_slice]
     grad = grad.contiguous(memory_format=layout_of(grad))
     return sliced_backward(grad, weight, gamma, beta, alpha, eps, groups, needs_x, edges, *saved)
 
-OPERATORS.impl('sliced_backward', _stacked_backward, 'CPU')
+def _fake_backward(grad, weight, gamma, beta, alpha, eps, groups, needs_x, edges, *stacked):
+    return shapes_of_gradients(grad, needs_x, weight, gamma, gamma, beta)
 
-def is_batch(grad: Tensor) -> bool:
-    "Is it several gradients that pretend to be one?"
-    if torch.compiler.is_compiling(): return False
-    return torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+add_operator(OPERATORS, 'sliced_backward(Tensor grad, Tensor weight, Tensor gamma, Tensor beta, Tensor alpha, float eps, int groups, '
+             'bool needs_x, str edges, Tensor z, Tensor y, Tensor mean, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+             _stacked_backward, _fake_backward)
 
 def one_by_one(grad, weight, gamma, beta, alpha, eps, groups, needs_x: bool, edges: str, *saved: Tensor) -> tuple[Tensor, ...]:
     "As `sliced_backward`, for a batch of gradients."
@@ -155,13 +150,12 @@ class SpectralTraining(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps, groups, edges):
         ctx.layout, ctx.native, ctx.eps, ctx.groups, ctx.edges = layout_of(x), runs_native(x, groups), eps, groups, edges
+        ctx.form = 'C' if ctx.native else 'torch'
         x = x.contiguous(memory_format=ctx.layout)
         if ctx.native:
             out, *saved = operators.spectral_forward(x, weight, bias, gamma, beta, alpha, eps, groups, edges)
             z, _, mean, var, *_ = saved
-            n = z.numel() / len(mean)
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(var * (n / (n - 1)), momentum)
+            update_statistics(running_mean, running_var, mean, var, z.numel() // len(mean), momentum)
         else:
             out, saved = sliced_forward(x, weight, bias, gamma, beta, alpha, running_mean, running_var, momentum, eps,
                                         groups, edges)
@@ -170,9 +164,7 @@ class SpectralTraining(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError('create_graph=True: the fast form of SpectralBlock has no second derivative, '
-                               'set SpectralBlock.fast = False before the forward pass')
+        refuse_second_derivative('SpectralBlock')
         weight, gamma, beta, alpha, *saved = ctx.saved_tensors
         needs_x, batch = ctx.needs_input_grad[0], is_batch(grad)
         if not batch: grad = grad.contiguous(memory_format=ctx.layout)
@@ -196,9 +188,9 @@ def spectral_inference(
 ) -> Tensor:
     "x + alpha * irfft2(ReLU(BN(conv1x1(rfft2(x))))) with running statistics."
     groups = weight.shape[0] // weight.shape[1]
-    slope = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    slope, shift = slope_and_shift(bn)
     if runs_native(x, groups):  # scale and shift cost nothing there
-        return operators.spectral_inference(x, weight, bias, slope, bn.bias - bn.running_mean * slope, alpha, groups, edges)
+        return operators.spectral_inference(x, weight, bias, slope, shift, alpha, groups, edges)
     weight = weight * slope[:, None, None, None]
     bias = torch.addcmul(bn.bias, bias - bn.running_mean, slope)
     x, layout = x.contiguous(memory_format=layout_of(x)), layout_of(x)
@@ -212,41 +204,6 @@ def spectral_inference(
         torch.addcmul(x[:, part], result.contiguous(memory_format=layout), alpha, out=out[:, part])
     return out
 
-# %% ../../../nbs/9_cpu/01_fast.ipynb #1b61a5a5
-def has_hooks(
-    *layers: nn.Module,
-) -> bool:
-    "Does anybody want to be called when these layers are?"
-    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    return bool(module_hooks._has_any_global_hook()) or any(getattr(layer, kind) for layer in layers for kind in kinds)
-
-def is_watched() -> bool:
-    "Is anybody at work who needs the single steps: exporter, function transform, forward-mode derivative, FLOP counter?"
-    if torch.compiler.is_compiling(): return torch.compiler.is_exporting()
-    return (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or 'torch.utils.flop_counter' in sys.modules and
-            any(type(mode).__module__ == 'torch.utils.flop_counter' for mode in _get_current_dispatch_mode_stack()))
-
-# %% ../../../nbs/9_cpu/01_fast.ipynb #2925f125
-def allows_fast(
-    x: Tensor,  # (B, C, H, W), checked
-    alpha: Tensor,  # (1,)
-    conv: nn.Module,  # the block's layers
-    bn: nn.Module,
-    relu: nn.Module,
-    *identities: nn.Module,  # layers that do nothing, but may have hooks
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),  # of maps that the form takes
-    of_parameters: torch.dtype | None = None,  # None: the map's
-) -> bool:
-    "May these layers be replaced at this moment by a fast form, which updates the running statistics or uses them?"
-    plain = type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and type(relu) is nn.ReLU
-    if not plain or x.dtype not in dtypes: return False
-    if is_watched() or has_hooks(conv, bn, relu, *identities): return False
-    tensors = (alpha, conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    if any(t is None or t.dtype != (of_parameters or x.dtype) or t.device != x.device for t in tensors): return False
-    return bn.momentum is not None if bn.training else not torch.is_grad_enabled()
-
 # %% ../../../nbs/9_cpu/01_fast.ipynb #8e02cfa1
 def fast_forward(
     x: Tensor,  # (B, C, H, W), checked
@@ -259,13 +216,13 @@ def fast_forward(
     norm: str = 'backward',
 ) -> Tensor | None:
     "The block's output, or None where the plain definition has to run."
-    if x.device.type != 'cpu' or not allows_fast(x, alpha, conv, bn, relu, *identities): return None
+    numbers = x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1)
+    if x.device.type != 'cpu' or not allows_fast(x, alpha, conv, bn, relu, *identities, numbers=numbers): return None
     if torch.compiler.is_compiling() and not runs_native(x, conv.groups): return None
     weight, root = conv.weight, x.shape[2:].numel() ** 0.5
     if norm == 'ortho': weight, alpha = weight / root, alpha * root
     if not bn.training: return spectral_inference(x, alpha, weight, conv.bias, bn, edges)
-    values_per_channel = x.shape[0] * x.shape[2] * (x.shape[3] // 2 + 1)
-    if values_per_channel < 2 or edges == 'pytorch1': return None
+    if edges == 'pytorch1': return None
     bn.num_batches_tracked.add_(1)
     return SpectralTraining.apply(x, weight, conv.bias, bn.weight, bn.bias, alpha, bn.running_mean, bn.running_var,
                                   bn.momentum, bn.eps, conv.groups, edges)

@@ -130,15 +130,15 @@ def load_kept(
 def _build_and_load(source: str, command: Sequence[str], cache: Path | None, name: str) -> ctypes.CDLL:
     "Build in the cache, or where that is impossible or nothing in it may be executed, in TMPDIR."
     for place in (cache, None) if cache else (None,):
-        with tempfile.TemporaryDirectory(dir=place) as folder:
-            built = build(source, command, Path(folder))
-            try: library = ctypes.CDLL(str(built))  # loaded is loaded, also when the file is gone
-            except OSError as e:
-                reason = e
-                continue
-            if place: keep(built, place, name)
-            return library
-    raise NoCompiler(f'a library that was built cannot be loaded: {reason}')
+        try:
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                built = build(source, command, Path(folder))
+                library = ctypes.CDLL(str(built))  # loaded is loaded, also when the file is gone
+                try: place and keep(built, place, name)
+                except OSError as e: _log.warning('%s is not kept in %s (%s) and will be built again next time', name, place, e.strerror)
+                return library
+        except OSError as e: reason = e  # NoCompiler, no place to write to, or a place from which nothing may be loaded
+    raise NoCompiler(f'a library cannot be built and loaded: {reason}')
 
 @lru_cache(maxsize=None)
 def native_library(
@@ -154,7 +154,7 @@ def native_library(
         cache = private_folder(cache or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'srl_pose' / 'native')
         library = cache and load_kept(cache, name) or _build_and_load(source, command, cache, name)
     except CompileError: raise
-    except (OSError, RuntimeError) as e:  # NoCompiler, no home folder, no place to write to
+    except (OSError, RuntimeError) as e:  # NoCompiler, no home folder
         _log.warning('%s; torch operations are used instead, which is slower', e)
         return None
     _log.info('native code: %s', library._name)

@@ -192,25 +192,28 @@ typedef struct {{
 
 # %% ../../../nbs/9_cpu/03_native_fft.ipynb #5589f9d8
 GATHER = r'''
-INLINE void gather(const problem *p, const float *x, cv *a) {  // a row of 16 channels
+// where number i of n goes: to its place or, with `evens`, the even ones first and the odd ones from behind
+INLINE long place(const int evens, long n, long i) { return !evens ? i : i % 2 ? n - 1 - i / 2 : i / 2; }
+
+INLINE void gather(const problem *p, const float *x, cv *a, const int evens) {  // a row of 16 channels
     const long n = p->W, channel = p->channel, step = p->step;
     if (channel == 1) for (long w = 0; w < n; w++) {
         __builtin_prefetch(x + w * step + p->line);  // strides of C floats are too wide for the processor's own guess
-        a[w] = (cv){load(x + w * step), load(x + w * step + 8)};
+        a[place(evens, n, w)] = (cv){load(x + w * step), load(x + w * step + 8)};
     } else if (n < 8) {
         for (long w = 0; w < n; w++) for (int c = 0; c < 8; c++) {
-            a[w].re[c] = x[c * channel + w];
-            a[w].im[c] = x[(c + 8) * channel + w];
+            a[place(evens, n, w)].re[c] = x[c * channel + w];
+            a[place(evens, n, w)].im[c] = x[(c + 8) * channel + w];
         }
     } else for (long w = 0; w < n; w += 8) {
         v8 t[8];
         if (w > n - 8) w = n - 8;
         UNROLL for (int c = 0; c < 8; c++) t[c] = load(x + c * channel + w);
         transpose(t);
-        UNROLL for (int c = 0; c < 8; c++) a[w + c].re = t[c];
+        UNROLL for (int c = 0; c < 8; c++) a[place(evens, n, w + c)].re = t[c];
         UNROLL for (int c = 0; c < 8; c++) t[c] = load(x + (c + 8) * channel + w);
         transpose(t);
-        UNROLL for (int c = 0; c < 8; c++) a[w + c].im = t[c];
+        UNROLL for (int c = 0; c < 8; c++) a[place(evens, n, w + c)].im = t[c];
     }
 }
 '''
@@ -234,7 +237,7 @@ INLINE void weigh(const problem *p, const float *weights, cv *column) {
 static void map_to_rows(const problem *p, const float *x, float *rows, float edge, const float *weights, space s) {
     const long H = p->H, W = p->W, m = p->m;
     for (long h = 0; h < H; h++) {
-        gather(p, x + h * p->line, s.a);
+        gather(p, x + h * p->line, s.a, 0);
         fft(&p->along_w, s.a, s.grid + h * p->pitch, s.spare);
     }
     for (long k = 0; k < p->K; k++, rows += H * m) {
@@ -258,27 +261,27 @@ static void map_to_rows(const problem *p, const float *x, float *rows, float edg
 # %% ../../../nbs/9_cpu/03_native_fft.ipynb #3eb41117
 SCATTER = r'''
 // a row of 16 channels; swapped: the first 8 are in .im, the others in .re
-INLINE void scatter(const problem *p, const cv *a, const int swapped, const float *x, float scale, float *out) {
+INLINE void scatter(const problem *p, const cv *a, const int swapped, const int evens, const float *x, float scale, float *out) {
 #define FIRST(z) (swapped ? (z).im : (z).re)
 #define SECOND(z) (swapped ? (z).re : (z).im)
     const long n = p->W, channel = p->channel, step = p->step;
     if (channel == 1) for (long w = 0; w < n; w++) {
         __builtin_prefetch(x + w * step + p->line);
         __builtin_prefetch(out + w * step + p->line, 1);
-        store(out + w * step, load(x + w * step) + scale * FIRST(a[w]));
-        store(out + w * step + 8, load(x + w * step + 8) + scale * SECOND(a[w]));
+        store(out + w * step, load(x + w * step) + scale * FIRST(a[place(evens, n, w)]));
+        store(out + w * step + 8, load(x + w * step + 8) + scale * SECOND(a[place(evens, n, w)]));
     } else if (n < 8) {
         for (long w = 0; w < n; w++) for (int c = 0; c < 8; c++) {
-            out[c * channel + w] = x[c * channel + w] + scale * FIRST(a[w])[c];
-            out[(c + 8) * channel + w] = x[(c + 8) * channel + w] + scale * SECOND(a[w])[c];
+            out[c * channel + w] = x[c * channel + w] + scale * FIRST(a[place(evens, n, w)])[c];
+            out[(c + 8) * channel + w] = x[(c + 8) * channel + w] + scale * SECOND(a[place(evens, n, w)])[c];
         }
     } else for (long w = 0; w < n; w += 8) {
         v8 t[8];
         if (w > n - 8) w = n - 8;
-        UNROLL for (int c = 0; c < 8; c++) t[c] = FIRST(a[w + c]);
+        UNROLL for (int c = 0; c < 8; c++) t[c] = FIRST(a[place(evens, n, w + c)]);
         transpose(t);
         UNROLL for (int c = 0; c < 8; c++) store(out + c * channel + w, load(x + c * channel + w) + scale * t[c]);
-        UNROLL for (int c = 0; c < 8; c++) t[c] = SECOND(a[w + c]);
+        UNROLL for (int c = 0; c < 8; c++) t[c] = SECOND(a[place(evens, n, w + c)]);
         transpose(t);
         UNROLL for (int c = 8; c < 16; c++) store(out + c * channel + w, load(x + c * channel + w) + scale * t[c - 8]);
     }
@@ -323,7 +326,7 @@ INLINE void rows_to_map(const problem *p, const float *rows, const float *slope,
     }
     for (long h = 0; h < H; h++) {
         fft(&p->along_w, s.grid + h * pitch, s.a, s.spare);
-        scatter(p, s.a, 1, x + h * p->line, scale, out + h * p->line);
+        scatter(p, s.a, 1, 0, x + h * p->line, scale, out + h * p->line);
     }
 }
 '''

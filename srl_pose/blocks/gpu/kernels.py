@@ -115,16 +115,17 @@ def edge_weights(k, h, H: tl.constexpr, W: tl.constexpr, UPPER: tl.constexpr):
 
 @triton.jit
 def active(y, slope, shift, inside):
-    "ReLU(slope y + shift) of a block."
-    return tl.maximum(tl.load(y, mask=inside, other=0.).to(tl.float32) * tl.load(slope) + tl.load(shift), 0.)
+    "ReLU(slope y + shift) of a block; what is not a number stays so, as in torch."
+    value = tl.load(y, mask=inside, other=0.).to(tl.float32) * tl.load(slope) + tl.load(shift)
+    return tl.maximum(value, 0., propagate_nan=tl.PropagateNan.ALL)
 
 # %% ../../../nbs/10_gpu/01_kernels.ipynb #fde11b89
 @triton.jit
 def inverse_kernel(x, y, out, slope, shift, alpha, scale, cosines_w, sines_w, cosines_h, sines_h, c0, C, y0,
-                   stride_b, stride_c, stride_h, stride_w,
+                   stride_b, stride_c, stride_h, stride_w, out_b, out_c, out_h, out_w,
                    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, HP: tl.constexpr, WP: tl.constexpr, BH: tl.constexpr,
                    BK: tl.constexpr, PRECISION: tl.constexpr, ACTIVE: tl.constexpr, UPPER: tl.constexpr):
-    "out = x + alpha scale inverse(y), (B, .., H, W); channels from c0 on are those from y0 on in y (B, 2C, K, H)."
+    "out = x + alpha scale inverse(y), (B, .., H, W), with strides of their own; channels from c0 on are those from y0 on in y (B, 2C, K, H)."
     J: tl.constexpr = HP // BH
     c, b = c0 + tl.program_id(0) // J, tl.program_id(1).to(tl.int64)
     h, w, j = tl.arange(0, HP), tl.arange(0, WP), tl.program_id(0) % J * BH + tl.arange(0, BH)
@@ -142,17 +143,18 @@ def inverse_kernel(x, y, out, slope, shift, alpha, scale, cosines_w, sines_w, co
         re, im = re.to(cos_h.dtype), im.to(cos_h.dtype)
         cos_w, sin_w = tl.load(cosines_w + k[None] * WP + w[:, None]), tl.load(sines_w + k[None] * WP + w[:, None])
         total += to_plane(cos_w, sin_w, cos_h, sin_h, re, im, PRECISION)
-    to = b * stride_b + c.to(tl.int64) * stride_c + w[:, None] * stride_w + j[None] * stride_h
     inside = (w < W)[:, None] & (j < H)[None]
-    total = tl.load(x + to, mask=inside, other=0.).to(tl.float32) + tl.load(alpha) * scale * total
-    tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)
+    x += b * stride_b + c.to(tl.int64) * stride_c
+    out += b * out_b + c.to(tl.int64) * out_c
+    total = tl.load(x + w[:, None] * stride_w + j[None] * stride_h, mask=inside, other=0.).to(tl.float32) + tl.load(alpha) * scale * total
+    tl.store(out + w[:, None] * out_w + j[None] * out_h, total.to(out.dtype.element_ty), mask=inside)
 
 # %% ../../../nbs/10_gpu/01_kernels.ipynb #770f4461
 @triton.jit
 def masked(z, y, slope, shift, mean, weights, forward_weights, inside):
     "d of a block, and its three sums."
     value = slope * y + shift
-    seen = tl.where(inside & (value > 0), z, 0.)
+    seen = tl.where(inside & ~(value <= 0), z, 0.)
     d = weights * seen
     return d, tl.sum(d), tl.sum(d * (y - mean)), tl.sum(forward_weights * seen * value)
 
