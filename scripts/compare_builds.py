@@ -4,8 +4,8 @@
     python scripts/compare_builds.py ../before --out results/benchmark/cpu-builds    # some minutes, on a quiet machine
 
 Two processes hold the same blocks, one of each build, and are started several times. They run one after the other, never at once, in an order that changes. A block that the other
-build does not have stands beside the block that it is an option of. What a process has allocated before matters, so blocks of one kind are best
-compared alone (--blocks 'fft; fft, upper'). Ratios are medians over the rounds: of the new to the old, and of the new to the new `fft`.
+build does not have stands beside the block that it is an option of. What a process has allocated before matters, as glibc then gives memory back to the system
+or keeps it; here it always keeps it, as it does in a process that trains a large network. Ratios are medians over the rounds: of the new to the old, and of the new to the new `fft`.
 """
 import argparse
 import os
@@ -52,11 +52,12 @@ for line in sys.stdin:
     time.sleep(0.05)  # threads of the other process have gone to sleep
     print(made[line](), flush=True)
 """
+KEEP = dict(MALLOC_MMAP_THRESHOLD_=str(2 ** 30), MALLOC_TRIM_THRESHOLD_=str(2 ** 34))  # of glibc
 NAMES = 'fft', 'fft, upper', 'fft, ortho', 'lo', 'dct'
 
 
 def start(checkout: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, '-c', WORKER], cwd=checkout, env={**os.environ, 'PYTHONPATH': str(checkout)},
+    return subprocess.Popen([sys.executable, '-c', WORKER], cwd=checkout, env={**os.environ, **KEEP, 'PYTHONPATH': str(checkout)},
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

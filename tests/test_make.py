@@ -18,6 +18,9 @@ def project(request, tmp_path):
     folder.mkdir()
     tools.mkdir()
     for name in ('Makefile', 'pyproject.toml', 'constraints.txt', 'params.yaml'): shutil.copy(project_root() / name, folder)
+    (folder / 'scripts').mkdir()
+    shutil.copy(project_root() / 'scripts' / 'git.sh', folder / 'scripts')
+    subprocess.run(['git', 'init', '--quiet'], cwd=folder, check=True)
     (tools / 'python3.11').write_text(STANDIN)
     (tools / 'python3.11').chmod(0o755)
     (folder / 'outputs/sample/small/tables').mkdir(parents=True)
@@ -43,7 +46,7 @@ def test_an_environment_is_made_once_and_found_again(project):
     assert make(project, 'setup') == ('', [])
     (project / 'constraints.txt').write_text('torch\n')
     assert [line.split('|')[0] for line in make(project, 'setup')[1]] == ['python', 'python']  # installed anew, into the same
-    assert sorted(p.name for p in project.iterdir()) == ['.venv', 'Makefile', 'constraints.txt', 'outputs', 'params.yaml', 'pyproject.toml']
+    assert sorted(p.name for p in project.iterdir()) == ['.git', '.venv', 'Makefile', 'constraints.txt', 'outputs', 'params.yaml', 'pyproject.toml', 'scripts']
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='there is no make')
@@ -53,4 +56,4 @@ def test_words_reach_the_programs_whole(project, tmp_path):
         calls = make(project, 'coco', VENV=given, DATA=data, RECIPE='rehearsal')[1]
         assert calls[0].endswith(f'|venv|{venv}') and calls[-1] == f'srl-pose|select|coco|--data|{data}|--recipe|rehearsal'
         assert make(project, 'sample', VENV=given)[1] == ['srl-pose|select|sample']
-    assert make(project, 'measure', VENV=str(elsewhere))[1] == ['dvc|repro|--single-item|measure']
+    assert make(project, 'measure', VENV=str(elsewhere))[1] == ['dvc|repro|--single-item|code|measure']
