@@ -153,7 +153,7 @@ def check_forms(options: Namespace) -> None:
 # %% ../../nbs/8_benchmarks/08_gpu_parts.ipynb #a3f1bfb1
 def run_tests(files: list[Path], seconds: float) -> dict:  # result: pytest's last line, or how far it got; code: 0 if all passed
     "Tests in a process of their own, that may be stopped."
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *map(str, files)]
+    command = [sys.executable, '-m', 'pytest', '-q', '--color=no', '-p', 'no:cacheprovider', *map(str, files)]
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as stopped:
         dots = [line.partition(' ')[0] for line in (stopped.stdout or b'').decode(errors='replace').splitlines() if line and not line.partition(' ')[0].strip('.sFE')]
