@@ -85,8 +85,8 @@ def _twice(values):
 
 # %% ../../nbs/2_pose/01_keypoints.ipynb #7a9da682
 @dataclass(frozen=True)
-class KeypointSet:
-    "A data set's keypoints. `flip_pairs` and `skeleton` are given by name or index and stored as index pairs. `ValueError` for what does not fit"
+class _Table:
+    "The four columns, checked"
     names: tuple[str, ...]  # in annotation order
     flip_pairs: tuple[tuple, ...]  # (left, right) keypoints that a mirror exchanges
     skeleton: tuple[tuple, ...]  # keypoints joined by a limb
@@ -105,6 +105,11 @@ class KeypointSet:
 
     def __len__(self):
         return len(self.names)
+
+# %% ../../nbs/2_pose/01_keypoints.ipynb #7a9da684
+@dataclass(frozen=True)
+class KeypointSet(_Table):
+    "A data set's keypoints. `flip_pairs` and `skeleton` are given by name or index and stored as index pairs. `ValueError` for what does not fit"
 
     @property
     def lower(self) -> tuple[bool, ...]:
