@@ -69,4 +69,5 @@ def plot_predictions(
         ax.imshow(image.permute(1, 2, 0))
     for ax in axes.flat:
         ax.axis('off')
+    if not (np.asarray(scores) > threshold).any(): figure.suptitle(f'no keypoint has a confidence above {threshold:g}, the highest is {float(np.max(scores)):.2g}')
     return figure

@@ -28,7 +28,7 @@ from .coco import usable_persons
 from .findings import Finding, warning
 from ..files import shown
 from ..pose.crops import clip_boxes
-from ..pose.keypoints import KeypointSet, limbs_of, person_category
+from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet, limbs_of, person_category
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #e39774d5
 def shown_numbers(numbers: Iterable[float]) -> str:
@@ -288,8 +288,8 @@ def category_unknown(c: Categories) -> Iterator[Finding]:
 
 
 def category_name(c: Categories) -> Iterator[Finding]:
-    "Category 1 is not named person"
-    if c.person.get('id') == 1 and c.person.get('name') != 'person':
+    "Category 1 has the keypoints of a person, and another name"
+    if c.person.get('id') == 1 and c.person.get('name') != 'person' and c.keypoint_set.names == COCO_KEYPOINTS.names:
         yield c.warn('categories.name', f"categories: id 1 is named {shown(c.person.get('name'))}, expected 'person'")
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..data.coco import CocoPersons
 from ..pose.crops import Augmentation
-from ..files import DataError, project_root
+from ..files import DataError, in_project
 from ..pose.heatmap import Heatmaps, check_input_size, read_size
 from ..pose.keypoints import read_keypoint_set
 from ..pose.pose_net import PoseResNet
@@ -87,7 +87,7 @@ class ModelParams(Section):
 
     def weights_file(self) -> Path | None:
         "The file that `weights` names, relative to the project; None for a name of torchvision's."
-        file = project_root() / (self.weights or '.')
+        file = in_project(self.weights or '.')
         return file if self.weights and ('/' in self.weights or file.is_file()) else None
 
     def build(
@@ -194,7 +194,7 @@ class MachineParams(Section):
 
     def image_cache(self) -> dict:
         "Whether and where `CocoPersons` keeps decoded images."
-        folder = project_root() / 'outputs' / 'image_cache' if self.image_cache_gb else None
+        folder = in_project('outputs/image_cache') if self.image_cache_gb else None
         return dict(image_cache=folder, cache_gb=self.image_cache_gb)
 
     def process_count(self) -> int:
@@ -251,7 +251,7 @@ class _Places(_Values):
         top: str = 'outputs',  # or results, for what is committed
     ) -> Path:
         "All results of this set with this recipe."
-        return project_root() / top / self.set / self.recipe
+        return in_project(top) / self.set / self.recipe
 
     def run_folder(self) -> Path:
         "Weights, curves, predictions and executed notebooks of this run."
@@ -273,7 +273,7 @@ class _Parts(_Places):
     ) -> nn.Module:
         "The network, initialised."
         if num_keypoints is None:
-            file = project_root() / self.data.root / 'annotations' / f'person_keypoints_{self.data.train}.json'
+            file = in_project(self.data.root) / 'annotations' / f'person_keypoints_{self.data.train}.json'
             num_keypoints = len(read_keypoint_set(file))
         return self.model.build(pretrained=pretrained, num_keypoints=num_keypoints)
 
@@ -291,7 +291,7 @@ class _Parts(_Places):
         return self._persons(self.data.val, boxes='gt' if boxes == 'gt' else self.data.detections, check_images=check_images)
 
     def _persons(self, split, **options):
-        return CocoPersons(project_root() / self.data.root, split, input_size=self.model.input_size,
+        return CocoPersons(in_project(self.data.root), split, input_size=self.model.input_size,
                            unbiased=self.build_heatmaps().unbiased, **self.machine.image_cache(), **options)
 
 # %% ../../nbs/4_training/01_experiment.ipynb #01e1a4f2
@@ -300,7 +300,7 @@ class Experiment(_Parts):
 
     def start_file(self) -> Path | None:
         "The file with weights that training starts from, if it starts from one."
-        return project_root() / self.train.start_from if self.train.start_from else self.model.weights_file()
+        return in_project(self.train.start_from) if self.train.start_from else self.model.weights_file()
 
     def check_data(self) -> None:
         "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong."

@@ -131,7 +131,7 @@ class KeypointSet(_Table):
         "`DataError` if a mirror would leave a left keypoint on the left: it is of a side by its name, but not by the flip pairs"
         if problems := self.flip_problems():
             raise DataError(f'{source}: flip_pairs: {"; ".join(problems[:3])}{f" and {len(problems) - 3} more" * (len(problems) > 3)}. Give flip_pairs, '
-                            'or do not mirror (train.augmentation.flip_probability: 0, evaluate.flip_test: false, srl-pose predict --no-flip)')
+                            'or do not mirror (train.augmentation.flip_probability: 0, evaluate.flip_test: false, srl-pose train, evaluate or predict --no-flip)')
 
     def plain(self) -> dict[str, list]:
         "As JSON has it: checkpoints and shared networks carry their keypoints so."

@@ -26,6 +26,7 @@ from tabulate import tabulate
 from .costs import Exchange, StepCounts, StepTimes, count_step, form_to_count, time_exchange, time_steps, time_together
 from ..experiment.experiment import Experiment, Positive, Section
 from ..files import whole_file
+from .table import hours_text
 from ..timing import usable_cores
 from ..experiment.params import ParameterError, load_experiments
 
@@ -250,12 +251,12 @@ class Plan:
 def plan_markdown(plan: Plan) -> str:
     "The plan as a table, with totals."
     rows = [[e.row, e.machine, e.processes, f'{e.persons} in {e.parts}' if e.parts > 1 else e.persons, f'{e.batch / e.step:.3g}',
-             f'{e.hours:.3g}', f'{e.hours * e.processes:.3g}', f'{e.memory / 1e9:.2g} of {e.memory_limit / 1e9:.3g}',
+             hours_text(3600 * e.hours, '.3g'), hours_text(3600 * e.hours * e.processes, '.3g'), f'{e.memory / 1e9:.2g} of {e.memory_limit / 1e9:.3g}',
              'yes' if e.memory < e.memory_limit else 'NO', f'{e.read / 1e9:.3g}', e.bottleneck,
              'simulated' if e.simulated else 'timed'] for e in plan.estimates]
     for machine, n in dict.fromkeys((e.machine, e.processes) for e in plan.estimates):
         hours = plan.total(machine, n)
-        rows.append(['all', machine, n, '', '', f'{hours:.3g}', f'{hours * n:.3g}', '', '', '', '', ''])
+        rows.append(['all', machine, n, '', '', hours_text(3600 * hours, '.3g'), hours_text(3600 * hours * n, '.3g'), '', '', '', '', ''])
     headers = ['row', 'machine', 'processes', 'persons each', 'persons/s', 'hours', 'process-hours', 'memory GB', 'fits', 'read GB',
                'bottleneck', 'basis']
     table = tabulate(rows, headers, tablefmt='github', disable_numparse=True)

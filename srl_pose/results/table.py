@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'IDENTITY', 'ACCURACY', 'COMPARISON', 'COST', 'RELATIVE_COST', 'PAPER_NUMBERS', 'COLUMNS', 'Page',
-           'pages_of', 'Line', 'lines_of', 'Column', 'columns', 'to_csv', 'markdown_table', 'accuracy_table',
-           'difference_table', 'cost_table', 'learned_table', 'summary_table', 'after_deconvolutions',
+           'pages_of', 'Line', 'lines_of', 'Column', 'hours_text', 'columns', 'to_csv', 'markdown_table',
+           'accuracy_table', 'difference_table', 'cost_table', 'learned_table', 'summary_table', 'after_deconvolutions',
            'added_cost_table']
 
 # %% ../../nbs/5_results/05_table.ipynb #7616a92f
@@ -168,6 +168,14 @@ COMPARISON = [
     Column('compared_with', 'minus', lambda line: line.baseline and line.baseline.name, '`{}`'.format, left=True),
     *_comparison('AP'), *_comparison('PCK')]
 
+# %% ../../nbs/5_results/05_table.ipynb #6cd5eb4f
+def hours_text(
+    seconds: float,
+    form: str = '.2f',  # of the hours
+) -> str:
+    "Hours without their unit; below a minute, seconds with it."
+    return f'{seconds:.2g} s' if seconds < 60 else f'{seconds / 3600:{form}}'
+
 # %% ../../nbs/5_results/05_table.ipynb #50ec583a
 def _with_added(name: str, unit: float) -> Callable[[Line], tuple[float, float | None]]:
     "A number of `Measured`, and what the block adds to it in units, where the paper says it so"
@@ -190,7 +198,7 @@ def _cost(name: str, header: str, show: Callable[[Any], str], key: str = '') -> 
 
 
 COST = [
-    Column('training_seconds', 'hours trained', lambda line: statistics.mean(run.training.seconds for run in line.row.runs.values()), lambda s: f'{s / 3600:.2f}', absent=_not_run),
+    Column('training_seconds', 'hours trained', lambda line: statistics.mean(run.training.seconds for run in line.row.runs.values()), hours_text, absent=_not_run),
     Column('params', 'params (M)', _with_added('params', 1e6), _show_added(1e6), absent=_not_measured),
     _cost('flops', 'true GFLOPs', lambda flops: f'{flops / 1e9:.2f}'),
     Column('published_gflops', "GFLOPs, paper's convention", _with_added('published_gflops', 1), _show_added(1), absent=_not_measured),

@@ -29,7 +29,7 @@ from ..data.coco import collate, normalize
 from ..experiment.experiment import EvaluateParams, Experiment, MachineParams
 from ..experiment.params import ParameterError, load_experiment
 from ..experiment.provenance import provenance
-from ..files import DataError, project_root, write_json
+from ..files import DataError, in_project, write_json
 from ..pose.heatmap import heatmap_accuracy, heatmap_loss
 from ..pose.pose_net import alphas_of, residual_ratios
 from .batches import GlobalBatches, prepare, validate, validation_loader
@@ -99,7 +99,7 @@ def first_network(
     p = experiment.train
     torch.manual_seed(p.seed)
     model = experiment.build_model(pretrained=not filled)
-    if p.start_from is not None and not filled: load_start(model, project_root() / p.start_from, say=say)
+    if p.start_from is not None and not filled: load_start(model, in_project(p.start_from), say=say)
     return synchronise_batchnorm(model, experiment.machine.torch_device()) if p.sync_batchnorm else model
 
 # %% ../../nbs/4_training/12_train.ipynb #1a5e0c24

@@ -251,6 +251,7 @@ def prediction_page(
     ax = figure.add_axes((0, 0, 1, 1))
     ax.imshow(page.permute(1, 2, 0))
     ax.axis('off')
+    if not (scores > threshold).any(): ax.set_title(f'no keypoint has a confidence above {threshold:g}, the highest is {scores.max():.2g}', y=1, pad=-14, color='red')
     return figure
 
 # %% ../../nbs/4_training/10_watch.ipynb #2b5e0c0f
