@@ -7,7 +7,7 @@ from srl_pose import PoseResNet as pose_resnet, SpectralBlock as spectral_block 
 def predictor(weights, **options):
     """A trained network, ready for `srl_pose.predict_images`; see `srl_pose.Predictor.load`.
 
-    Its options also say what a checkpoint of the original does not: strides, dilate, caffe, edges, norm, color_order."""
+    Its options also say what a checkpoint of others may not: color_order, input_size, decoder, strides, dilate, caffe, edges, norm."""
     from srl_pose import Predictor
 
     return Predictor.load(weights, **options)

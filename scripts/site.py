@@ -125,7 +125,7 @@ def build(only: str | None = None) -> None:
 
     shutil.rmtree(DOCS, ignore_errors=True)
     (DOCS / 'api').mkdir(parents=True)
-    nav, api = [{'Start': 'README.md'}, {'Guides': [{'Your own data': 'docs/own_data.md'}, {'COCO': 'docs/coco.md'}, {'Install': 'docs/install.md'}, {'Glossary': 'docs/glossary.md'}]}], []
+    nav, api = [{'Start': 'README.md'}, {'Guides': [{'Your own data': 'docs/own_data.md'}, {'Weights': 'docs/weights.md'}, {'COCO': 'docs/coco.md'}, {'Install': 'docs/install.md'}, {'Glossary': 'docs/glossary.md'}]}], []
     for chapter in chapters():
         door = chapter / 'README.md'
         words(door)

@@ -235,7 +235,7 @@ def test_a_baseline_starts_a_network_with_blocks(baselines, block):
     for place in (*PLACES, DECONVS, ('layer2/2', 'deconv2')):
         network, said = PoseResNet('resnet18', block=block, block_after=place, block_options=options, input_size=(64, 96)).eval(), []
         for file, heatmaps in expected.items():
-            load_start(network, file, say=said.append)
+            load_start(network, file, color_order=None if file.suffix == '.pt' else 'BGR', say=said.append)
             with torch.no_grad(): found = network(x)
             torch.testing.assert_close(found, heatmaps, rtol=0, atol=0 if file.suffix == '.pt' else 1e-5 * heatmaps.abs().max().item())
             assert 'tensors start new' in said[-1]

@@ -176,7 +176,7 @@ def test_validation_has_its_cadence_and_ap_chooses_the_best(experiment, tmp_path
 def test_training_starts_from_a_checkpoint_with_another_head(experiment, tmp_path, capsys):
     start = PoseResNet('resnet18', num_keypoints=5)
     torch.save(start.state_dict(), tmp_path / 'five.pth')
-    layers = dict(start_from=str(tmp_path / 'five.pth'), freeze=['stem', 'layer1'])
+    layers = dict(start_from=str(tmp_path / 'five.pth'), start_color_order='BGR', freeze=['stem', 'layer1'])
     train(experiment(train=layers, model=dict(block=None)), tmp_path / 'out')
     assert 'head replaced: 5 keypoints there, 17 here' in capsys.readouterr().out
     found = weights(tmp_path / 'out')

@@ -141,7 +141,8 @@ class TrainParams(Section):
     sync_batchnorm: bool = False  # statistics over all processes?
     crops: Literal['loader', 'device'] = 'loader'  # who makes training crops: the loading processes; or the device, where a GPU is too fast for the cores beside it (with `machine.image_cache_gb`; slow on a CPU)
     freeze: tuple[Literal['stem', 'layer1', 'layer2', 'layer3', 'layer4', 'deconv'], ...] = ()  # layers that do not learn: stem, layer1, …, layer4, deconv
-    start_from: str | None = None  # checkpoint to start from, ours or the original's (another head is replaced); relative to the project
+    start_from: str | None = None  # checkpoint to start from, ours, the original's or mmpose's (another head is replaced); relative to the project
+    start_color_order: Literal['RGB', 'BGR'] | None = None  # of the images that `start_from` was trained on, RGB or BGR; needed where the file does not tell
     validate_every: Positive = 1  # epochs
     validate_ap: bool = False  # AP in annotated boxes, at the defaults of `evaluate`, too? Then it chooses the best checkpoint
     seed: Seed = 0  # of this run, one of the row's seeds
@@ -317,7 +318,7 @@ class Experiment(_Parts):
             self.val_set('detector')
 
 # %% ../../nbs/4_training/01_experiment.ipynb #36950fe7
-YOUNGER = dict(model=dict(strides=None, deconvs=None), train=dict(block_rate_factor=1., alpha_rate_factor=1., crops='loader'))  # by section: parameters that were added when there were results, and the value that changes nothing
+YOUNGER = dict(model=dict(strides=None, deconvs=None), train=dict(block_rate_factor=1., alpha_rate_factor=1., crops='loader', start_color_order=None))  # by section: parameters that were added when there were results, and the value that changes nothing
 
 
 def as_today(

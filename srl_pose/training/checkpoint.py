@@ -6,7 +6,7 @@
 __all__ = ['LOOK_ON', 'READ', 'CHECKPOINT_FORMAT', 'OTHER_CODE', 'code_digest', 'read_by_training', 'parameters', 'identity',
            'CheckpointError', 'save_checkpoint', 'read_checkpoint', 'fill', 'build_from', 'load_checkpoint',
            'random_state', 'set_random_state', 'misfit', 'set_aside', 'stands_at', 'find_training', 'only_writer',
-           'other_transforms', 'load_start']
+           'other_transforms', 'Start', 'read_start', 'load_start']
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #4b7b1e00
 import fcntl
@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -31,7 +32,7 @@ from ..experiment.provenance import modules_behind, without_words
 from ..files import whole_file
 from ..blocks.spectral import SpectralBlock
 from ..pose.keypoints import KeypointSet
-from ..pose.original import UNSAID, load_original, open_state, renumber
+from ..pose.original import UNSAID, Unsaid, choose_color_order, load_original, open_state, recognise, renumber
 from ..pose.pose_net import blocks_of, read_weights
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #88bc3803
@@ -350,29 +351,51 @@ def other_transforms(
     return ', '.join(f'{name} {own[0][name]} here, {value} there' for name, value in theirs.items() if own and own[0][name] != value)
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #9ebb2279
+class Start(NamedTuple):
+    "What a file holds to start from"
+    state: dict  # of a `PoseResNet`
+    color_order: str
+    transforms: dict[str, str]  # edges and norm of its fft blocks
+    words: str  # whose it is and what was done to it; empty for ours
+    ours: bool
+
+
+def read_start(
+    path: str | Path,  # checkpoint of ours, of the original, of mmpose, or a plain state dict
+    color_order: str | None = None,  # RGB or BGR; needed where the file does not tell
+) -> Start:
+    "A file to start from. `CheckpointError` if it is none, or does not tell its colour order."
+    usual = dict(edges='average', norm='backward')
+    try: opened = open_state(path)
+    except ValueError:
+        content = read_checkpoint(path)
+        options = content['experiment']['model']['block_options']
+        return Start(content['model'], 'RGB', usual | {name: options[name] for name in usual.keys() & options}, '', True)
+    layout = recognise(opened)
+    try: order = choose_color_order(layout, color_order)
+    except Unsaid as error: raise CheckpointError(f'{path}: train.start_{error}') from None
+    told = ', '.join(f'{name} {layout.said[name]} there' for name in ('decoder', 'caffe') if layout.said.get(name))
+    words = (f', {layout.name} ({layout.why}), ' + ('turned from BGR to RGB' if order == 'BGR' else 'trained on RGB') + ', with strides and style of this experiment'
+             + (told and f' ({told})') + (f'; taken out of {opened.around}' if opened.around else ''))
+    return Start(opened.state, order, {name: UNSAID[name][0] for name in usual}, words, False)
+
+# %% ../../nbs/4_training/09_checkpoint.ipynb #18cd78be
 def load_start(
     model: nn.Module,  # filled in place
-    path: str | Path,  # checkpoint of ours, of the original, or a plain state dict
+    path: str | Path,  # checkpoint of ours, of the original, of mmpose, or a plain state dict
     *,
+    color_order: str | None = None,  # RGB or BGR, of the images that it was trained on; needed where the file does not tell
     say: Callable[[str], None] = print,
 ) -> None:
     "Begin with the numbers of a checkpoint. `CheckpointError` naming the first tensor that has no place."
-    theirs = dict(edges='average', norm='backward')
-    try:
-        (state, around), ours = open_state(path), False
-        theirs = {name: UNSAID[name][0] for name in theirs}
-    except ValueError:
-        content, ours, around = read_checkpoint(path), True, ''
-        state, options = content['model'], content['experiment']['model']['block_options']
-        theirs |= {name: options[name] for name in theirs.keys() & options}
-    found = load_original(renumber(state, model), model, strict=False)
+    start = read_start(path, color_order)
+    found = load_original(renumber(start.state, model), model, color_order=start.color_order, strict=False)
     head = [name for name in found.mismatched if name.startswith('final_layer.')]
     for name in (*found.unexpected, *(set(found.mismatched) - set(head))):
         raise CheckpointError(f'{path}: {name} has no place in this network')
-    if not ours: model.conv1.weight.data = model.conv1.weight.data.flip(1)
-    new, differ = found.missing, other_transforms(model, theirs, found.missing)
-    say(f'starting from {path}' + (', turned from BGR to RGB, with strides and style of this experiment' if not ours else '')
-        + (f'; taken out of {around}' if around else '')
-        + (f'; fft blocks: {differ}{" (assumed)" * (not ours)}' if differ else '')
-        + (f'; head replaced: {len(state["final_layer.bias"])} keypoints there, {len(model.final_layer.bias)} here' if head else '')
+    if start.color_order == 'BGR': model.conv1.weight.data = model.conv1.weight.data.flip(1)
+    new, differ = found.missing, other_transforms(model, start.transforms, found.missing)
+    say(f'starting from {path}{start.words}'
+        + (f'; fft blocks: {differ}{" (assumed)" * (not start.ours)}' if differ else '')
+        + (f'; head replaced: {len(start.state["final_layer.bias"])} keypoints there, {len(model.final_layer.bias)} here' if head else '')
         + (f'; {len(new)} tensors start new, the first is {new[0]}' if new else ''))

@@ -99,7 +99,7 @@ def first_network(
     p = experiment.train
     torch.manual_seed(p.seed)
     model = experiment.build_model(pretrained=not filled)
-    if p.start_from is not None and not filled: load_start(model, in_project(p.start_from), say=say)
+    if p.start_from is not None and not filled: load_start(model, in_project(p.start_from), color_order=p.start_color_order, say=say)
     return synchronise_batchnorm(model, experiment.machine.torch_device()) if p.sync_batchnorm else model
 
 # %% ../../nbs/4_training/12_train.ipynb #1a5e0c24

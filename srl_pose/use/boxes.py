@@ -131,7 +131,7 @@ def load_detector(
     if Path(weights).is_file():
         model = get_model(name, weights=None, weights_backbone=None)
         try:
-            model.load_state_dict(unwrap(read_weights(weights), anchor=None).state)
+            model.load_state_dict(unwrap(read_weights(weights)).state)
         except Exception as error:
             raise DataError(f'{weights}: does not fit {name} ({str(error).splitlines()[0]})') from None
         return model.eval()

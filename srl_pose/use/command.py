@@ -63,8 +63,8 @@ def add_network(command: argparse.ArgumentParser) -> None:
     "The arguments that `predict` and `export` share."
     command.add_argument('--input-size', metavar='HxW', type=input_size, help='height x width, such as 256x192; needed where the checkpoint does not say')
     command.add_argument('--keypoints', metavar='ANNOTATIONS', help="annotation file that names the keypoints (default: what the checkpoint says, or COCO's)")
-    command.add_argument('--color-order', choices=('RGB', 'BGR'), help="order that the network expects (default: what the checkpoint says; BGR for the original's)")
-    unsaid = command.add_argument_group("what a checkpoint of the original or of Simple Baselines does not say", argument_default=argparse.SUPPRESS)
+    command.add_argument('--color-order', choices=('RGB', 'BGR'), help="order that the network expects (default: what the checkpoint tells; plain weights do not)")
+    unsaid = command.add_argument_group("what a checkpoint of the original, of Simple Baselines or of mmpose may not say", argument_default=argparse.SUPPRESS)
     unsaid.add_argument('--strides', metavar='S,S', type=two_strides, help='of layer3 and layer4 (default: that lead to heatmaps of a quarter)')
     unsaid.add_argument('--dilate', action='store_true', help='dilated convolutions where strides are left out')
     unsaid.add_argument('--caffe', action='store_true', help='stride in the first convolution of a bottleneck')
@@ -76,7 +76,7 @@ def add_predict(commands) -> None:
     "`srl-pose predict`"
     command = commands.add_parser('predict', help='poses in images and videos')
     command.add_argument('sources', nargs='+', help='images, folders of them, globs in quotes, videos, or the number of a camera')
-    command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original or of Simple Baselines, or a shared folder')
+    command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original, of Simple Baselines or of mmpose, or a shared folder')
     command.add_argument('--out', default='poses', help='folder for results.json, results.csv and pictures (default: poses)')
     command.add_argument('--boxes', help="a detector's boxes, COCO results with image_id or file_name, or an annotation file (default: each image is one person)")
     command.add_argument('--detector', metavar='NAME', help="find persons by one of torchvision's detectors, such as fasterrcnn_resnet50_fpn_v2")
@@ -102,7 +102,7 @@ def run_predict(options: argparse.Namespace) -> bool:  # was an image broken?
 def add_export(commands) -> None:
     "`srl-pose export`"
     command = commands.add_parser('export', help='a network as ONNX, without complex numbers, with a batch of any size')
-    command.add_argument('weights', help='checkpoint of srl_pose, of the original or of Simple Baselines')
+    command.add_argument('weights', help='checkpoint of srl_pose, of the original, of Simple Baselines or of mmpose')
     command.add_argument('out', help='file to write, such as pose.onnx')
     add_network(command)
     command.set_defaults(run=run_export)

@@ -28,11 +28,12 @@ from ..pose.crops import box_to_center_scale, crop_matrix, crop_window, keypoint
 from ..data.draw import draw_poses
 from ..evaluation.evaluate import pose_heatmaps, rescore
 from ..files import DataError, whole_file, write_json
+from ..pose.decoders import DECODERS
 from ..pose.heatmap import Heatmaps, check_input_size
 from .inference import fold_batchnorm
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet, read_keypoint_set
 from ..pose.oks import oks_nms
-from ..pose.original import load_original
+from ..pose.original import Unsaid, load_original
 from .boxes import BoxesOfFile, BoxSource, boxes_from_detector, boxes_from_file, check_boxes, whole_images
 from .frames import VIDEO_ENDINGS, Frame, list_sources, read_frames, read_upright
 
@@ -51,7 +52,7 @@ def read_folder(
 
 
 def read_network(
-    weights: str | Path,  # checkpoint of ours, of the original or of Simple Baselines, or a shared folder
+    weights: str | Path,  # checkpoint of ours, of the original, of Simple Baselines or of mmpose, or a shared folder
     input_size: tuple[int, int] | None = None,  # (w, h) px, for blocks of the original that fit one size only
     *,
     say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
@@ -69,11 +70,13 @@ def read_network(
         if unsaid: raise CheckpointError(f'{weights}: {", ".join(unsaid)}: is a checkpoint of srl_pose, which says this itself')
         return model, dict(input_size=experiment.model.input_size, color_order=color_order or 'RGB', decoder=experiment.model.decoder, keypoint_set=points)
     try:
-        found = load_original(weights, input_size=input_size, **unsaid, **(dict(color_order=color_order) if color_order else {}))
+        found = load_original(weights, input_size=input_size, color_order=color_order, **unsaid)
+    except Unsaid as error:
+        raise CheckpointError(f'{weights}: {str(error).removeprefix(f"{str(weights)!r}: ")} (--color-order of the command)') from None
     except ValueError as theirs:
         raise CheckpointError(f'{weights}: neither a checkpoint of srl_pose ({ours}) nor one of the original ({theirs})') from None
     say(f'{weights}: {found.report}')
-    return found.model, dict(input_size=input_size, color_order=found.color_order, decoder='quarter', keypoint_set=None)
+    return found.model, dict(input_size=found.input_size, color_order=found.color_order, decoder=found.decoder, keypoint_set=None)
 
 # %% ../../nbs/6_use/04_predict.ipynb #ca346a70
 def check_network(
@@ -125,10 +128,10 @@ class Predictor:
     @classmethod
     def load(
         cls,
-        weights: str | Path,  # checkpoint of ours, of the original or of Simple Baselines
+        weights: str | Path,  # checkpoint of ours, of the original, of Simple Baselines or of mmpose
         *,
         input_size: tuple[int, int] | None = None,  # (w, h); None: what the checkpoint says
-        color_order: str | None = None,  # RGB or BGR; None: what the checkpoint says, or BGR for the original's
+        color_order: str | None = None,  # RGB or BGR; None: what the checkpoint tells
         decoder: str | None = None,  # quarter, none, dark, udp; None: what the checkpoint says, or quarter
         keypoint_set: KeypointSet | None = None,  # None: what the checkpoint says, or COCO's
         device: str | torch.device | None = None,  # None: a GPU if there is one
@@ -137,8 +140,9 @@ class Predictor:
     ) -> 'Predictor':
         "`CheckpointError` naming the file and what is wrong or must be said."
         model, known = read_network(weights, input_size, say=say, color_order=color_order, **unsaid)
-        given = dict(input_size=input_size, decoder=decoder, keypoint_set=keypoint_set)
-        known |= {name: value for name, value in given.items() if value is not None}
+        known |= {n: value for n, value in dict(input_size=input_size, decoder=decoder, keypoint_set=keypoint_set).items() if value is not None}
+        if decoder is None and known['decoder'] not in DECODERS:
+            raise CheckpointError(f'{weights}: decoder: {known["decoder"]}, which nothing here reads: say the closest of {", ".join(DECODERS)}')
         points = known['keypoint_set'] or COCO_KEYPOINTS
         size = check_network(model, weights, known['input_size'], points)
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
