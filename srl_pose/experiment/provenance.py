@@ -53,7 +53,7 @@ def library_version(
 
 
 def provenance(
-    device: 'str | torch.device' = 'cpu',  # that computes
+    device: object = 'cpu',  # that computes: a torch.device or its name
 ) -> dict:
     "All of it, as plain values."
     from srl_pose.timing import device_name  # not at the top: the list of code below must not wait for torch
