@@ -6,7 +6,6 @@
 import argparse
 import importlib
 import inspect
-import json
 import logging
 import re
 import shutil

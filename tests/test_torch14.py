@@ -1,5 +1,4 @@
 """Outputs and gradients of the released code under PyTorch 1.4, on a CPU."""
-import json
 from zlib import crc32
 
 import numpy as np

@@ -69,7 +69,8 @@ TABLES = {  # file -> heading and what is shown of it
     'inverse.csv': ('Which inverse', ('function', 'dtype', 'reads', 'from_average', 'from_upper', 'gradient_belongs')),
     'blocks.csv': ('The block', ('block', 'ran', 'height', 'width', 'dtype', 'direction', 'milliseconds', 'over_ours', 'over_floor', 'over_own_bytes', 'peak_mib', 'error')),
     'together.csv': ('Groups that go together', ('ran', 'height', 'width', 'dtype', 'together', 'milliseconds', 'over_all')),
-    'training.csv': ('Training', ('network', 'blocks', 'ran', 'batch', 'precision', 'loading', 'workers', 'persons_per_second', 'predicted_per_second', 'peak_gib', 'predicted_gib', 'waits', 'error')),
+    'feeding.csv': ('What loading delivers', ('way', 'workers', 'cores', 'batch', 'persons_per_second', 'mib_per_batch', 'prepare_ms')),
+    'training.csv': ('Training', ('network', 'blocks', 'ran', 'batch', 'precision', 'loading', 'way', 'workers', 'persons_per_second', 'predicted_per_second', 'peak_gib', 'predicted_gib', 'waits', 'error')),
     'determinism.csv': ('Stopped and continued', ('deterministic', 'resumed_is_the_same', 'persons_per_second', 'error')),
     'photographs.csv': ('Photographs', ('blocks', 'steps', 'loss', 'val_loss', 'val_accuracy', 'samples_per_second')),
 }

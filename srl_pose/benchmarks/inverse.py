@@ -10,7 +10,6 @@ __all__ = ['Inverse', 'TOLERANCES', 'SIZES', 'mirrored_columns', 'average', 'upp
 import argparse
 import importlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np

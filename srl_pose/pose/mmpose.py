@@ -9,7 +9,6 @@ __all__ = ['IMAGENET', 'HEADS', 'read_config', 'said_by_config', 'rename_mmpose'
 import ast
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 # %% ../../nbs/2_pose/11_mmpose.ipynb #2529a241

@@ -13,7 +13,7 @@ __all__ = ['BLOCKS', 'BACKBONES', 'DECONVS', 'LAYERS', 'PLACES', 'DECONV_CHANNEL
 import _codecs
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple

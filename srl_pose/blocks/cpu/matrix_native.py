@@ -538,7 +538,8 @@ def matrix_inference(
 ) -> Tensor:
     "x + alpha * Pt @ ReLU(slope * conv1x1(P @ x @ Q) + shift) @ Qt."
     x = x.contiguous(memory_format=layout_of(x))
-    (B, C, H, W), m = x.shape, x.shape[1] // groups
+    _, C, H, W = x.shape
+    m = C // groups
     fields = _fields(x, groups, weight.reshape(groups, m, m).mT, left, right, folds)
     out = torch.empty_like(x)
     z = x.new_empty(fields['together'], fields['images'], m // 16, W, H | 1, 16)
