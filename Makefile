@@ -51,9 +51,13 @@ pages: setup
 	@dvc repro --single-item code table
 	@cat $(HERE)/tables/results.md
 
+# A chapter at a time: what a process imports and keeps for one notebook after the other would grow to gigabytes.
+test: export OMP_NUM_THREADS := 1
+test: export PYTHONFAULTHANDLER := 1
 test: setup
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 python -m pytest -n 2 tests
+	@set -e; for chapter in nbs/*/; do echo "$$chapter"; nbdev_test --path "$$chapter" --n_workers 2 --timing; done
+	nbdev_test --path nbs --skip_folder_re . --n_workers 2 --timing
+	python -m pytest -n 2 tests
 
 gpu:
 	bash scripts/gpu.sh $(GPU)
