@@ -205,7 +205,7 @@ def _read_backbone(path):
 
 # %% ../../nbs/2_pose/05_pose_net.ipynb #7723a25d
 def load_backbone(
-    resnet: ResNet,  # filled in place, all but its classifier `fc`
+    resnet: ResNet,  # filled in place, all but its classifier `fc`; its last layers may be empty
     backbone: str,  # its name
     weights: str | Path,  # a torchvision name such as 'IMAGENET1K_V1', or the path of a state dict or of a checkpoint of ours
 ) -> None:
@@ -214,8 +214,9 @@ def load_backbone(
     if weights in names: state = _download_weights(backbone, weights)
     elif Path(weights).is_file(): state = _read_backbone(weights)
     else: raise ValueError(f'weights={str(weights)!r} is neither a file nor one of {", ".join(names)} for {backbone}')
-    wanted = {name: t for name, t in resnet.state_dict().items() if not name.startswith('fc.')}
-    found = {name: t for name, t in state.items() if isinstance(t, Tensor) and not name.startswith('fc.')}
+    cut = ('fc.', *(f'{name}.' for name in LAYERS if not len(getattr(resnet, name))))
+    wanted = {name: t for name, t in resnet.state_dict().items() if not name.startswith(cut)}
+    found = {name: t for name, t in state.items() if isinstance(t, Tensor) and not name.startswith(cut)}
     for name in sorted(wanted.keys() | found.keys()):
         want, have = (tuple(d[name].shape) if name in d else 'nothing' for d in (wanted, found))
         if want != have and not name.endswith('num_batches_tracked'):
@@ -272,9 +273,9 @@ def build_backbone(
     check_choice('backbone', backbone, BACKBONES)
     check_choice('last_layer', last_layer, LAYERS)
     resnet = get_model(backbone, weights=None)
-    if weights is not None: load_backbone(resnet, backbone, weights)
     set_strides(resnet, strides=strides, dilate=dilate, caffe=caffe)
     for name in LAYERS[LAYERS.index(last_layer) + 1:]: setattr(resnet, name, nn.Sequential())
+    if weights is not None: load_backbone(resnet, backbone, weights)
     return resnet
 
 # %% ../../nbs/2_pose/05_pose_net.ipynb #e80ff45c
