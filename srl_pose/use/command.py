@@ -389,7 +389,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/6_use/08_command.ipynb #f49eb56b
 EXPLAINED = ConnectionError, ModuleNotFoundError, FileNotFoundError
-OWN = {'srl_pose.files': 'DataError', 'srl_pose.experiment.params': 'ParameterError', 'srl_pose.training.checkpoint': 'CheckpointError'}
+OWN = {'srl_pose.files': 'DataError', 'srl_pose.experiment.params': 'ParameterError', 'srl_pose.training.checkpoint': 'CheckpointError',
+       'srl_pose.experiment.experiment': 'DeviceError'}
 
 
 def explains_itself(error: Exception) -> bool:

@@ -45,9 +45,11 @@ def read_upright(
     with open_photograph(io.BytesIO(data), file) as image:
         image.load()
         check_whole(data, decode_heard(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)[1] if image.format in ('JPEG', 'MPO') else '', file)
-        upright = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I') or image.mode == 'F': upright = Image.fromarray(_as_bytes(image, file))
-        return np.array(upright.convert('RGB'))
+        if image.mode.startswith('I') or image.mode == 'F':
+            tag = image.getexif().get(0x0112, 1)
+            image = Image.fromarray(_as_bytes(image, file))
+            image.getexif()[0x0112] = tag
+        return np.array(ImageOps.exif_transpose(image).convert('RGB'))
 
 # %% ../../nbs/6_use/02_frames.ipynb #ba2922b8
 VIDEO_ENDINGS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.mpg', '.mpeg', '.m4v')

@@ -27,6 +27,7 @@ from ..data.coco import normalize
 from ..pose.crops import box_to_center_scale, crop_matrix, crop_window, keypoints_to_image, warp_crop
 from ..data.draw import draw_poses
 from ..evaluation.evaluate import pose_heatmaps, rescore
+from ..experiment.experiment import find_device
 from ..files import DataError, whole_file, write_json
 from ..pose.decoders import DECODERS
 from ..pose.heatmap import Heatmaps, check_input_size
@@ -138,14 +139,14 @@ class Predictor:
         say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
         **unsaid,  # of `load_original`, which such a checkpoint does not say: strides, dilate, caffe, edges, norm
     ) -> 'Predictor':
-        "`CheckpointError` naming the file and what is wrong or must be said."
+        "`CheckpointError` naming the file and what is wrong or must be said, `DeviceError` for a device that is not there."
+        device = find_device(device)
         model, known = read_network(weights, input_size, say=say, color_order=color_order, **unsaid)
         known |= {n: value for n, value in dict(input_size=input_size, decoder=decoder, keypoint_set=keypoint_set).items() if value is not None}
         if decoder is None and known['decoder'] not in DECODERS:
             raise CheckpointError(f'{weights}: decoder: {known["decoder"]}, which nothing here reads: say the closest of {", ".join(DECODERS)}')
         points = known['keypoint_set'] or COCO_KEYPOINTS
         size = check_network(model, weights, known['input_size'], points)
-        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         return cls.of(model.to(device), Heatmaps(size, stride=model.stride, decoder=known['decoder']), points, known['color_order'])
 
     @property
