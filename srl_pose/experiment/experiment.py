@@ -318,7 +318,8 @@ class Experiment(_Parts):
         return in_project(self.train.start_from) if self.train.start_from else self.model.weights_file()
 
     def check_data(self) -> None:
-        "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong."
+        "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong, `DeviceError` a device that is not there."
+        self.machine.torch_device()
         if (start := self.start_file()) and not start.is_file():
             raise DataError(f'{start}: no such file ({"train.start_from" if self.train.start_from else "model.weights"})')
         train, val = self.train_set(check_images=True), self.val_set(check_images=True)

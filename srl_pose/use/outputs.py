@@ -322,9 +322,10 @@ class Stop:
         self.__exit__()  # the next one is obeyed at once
 
     @property
-    def name(self) -> str | int:
-        "What came, in words; 0: nothing."
-        return 'Ctrl-C' if self.number == signal.SIGINT else self.number and signal.Signals(self.number).name
+    def name(self) -> str:
+        "What came, in words; empty: nothing."
+        if not self.number: return ''
+        return 'Ctrl-C' if self.number == signal.SIGINT else signal.Signals(self.number).name
 
     def until(self, items: Iterable[Item]) -> Iterator[Item]:
         "Items, until a signal comes."

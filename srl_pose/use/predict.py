@@ -391,10 +391,11 @@ def predict_command(
         frames = stop.until(itertools.islice(read_frames(files), limit))
         found = predict_frames(predictor, frames, source, flip_test=flip_test, batch_size=batch_size, keep_images=pictures)
         countable = not any(isinstance(f, int) or Path(f).suffix.lower() in VIDEO_ENDINGS for f in files)
-        for poses in tqdm(found, desc='images', unit='', total=len(files) if countable else None, disable=None):
+        asked = min(len(files), limit or len(files)) if countable else limit
+        for poses in tqdm(found, desc='images', unit='', total=asked, disable=None):
             outputs.add(poses)
             if poses.error: say(f'error: {poses.error}')
-    for text in outcome(outputs, stop, len(files) if countable else None): say(text)
+    for text in outcome(outputs, stop, asked): say(text)
     unmatched = not stop.number and none_matched(source, outputs.images)
     if unmatched: say(f'error: {boxes}: {unmatched}')
     if stop.number: return 128 + stop.number
