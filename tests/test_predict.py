@@ -65,7 +65,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has(weights, tmp_path, number, stat
     lines, entries = lines_of(out), json.loads((out / 'results.json').read_text())
     assert process.returncode == status, said
     assert f'stopped by {name} after {len(lines)} images of {50 * (len(pictures) - 1)}; what was found by then is written' in said
-    assert f'{out}: removed what an earlier run had written: results.json, results.csv, results.jsonl, 1 picture and videos' in said
+    assert f'{out}: removed what an earlier run had written: results.json, results.csv, results.jsonl, pictures (1)' in said
     assert [e['file_name'] for e in entries] == [line['file_name'] for line in lines for _ in line['persons']]
     assert len((out / 'results.csv').read_text().splitlines()) == 1 + 17 * len(entries)
     assert {file.relative_to(out).as_posix() for file in (out / 'pictures').iterdir()} == {line['picture'] for line in lines}

@@ -224,8 +224,8 @@ def remove_results(
     pictures = [file for file in mine if file.is_file() and file.resolve() not in stay]
     files = [folder / name for name in RESULTS if (folder / name).is_file()]
     for file in pictures + files: file.unlink()
-    counts = [f'{len(pictures)} picture{"s" * (len(pictures) > 1)} and videos'] * bool(pictures)
-    return ', '.join([*(file.name for file in files), *counts])
+    drawn = len(pictures) - (films := sum(file.suffix == '.mp4' for file in pictures))
+    return ', '.join([*(file.name for file in files), *[f'pictures ({drawn})'] * bool(drawn), *[f'videos ({films})'] * bool(films)])
 
 # %% ../../nbs/6_use/10_outputs.ipynb #f00a0018
 class Lines:
