@@ -8,7 +8,8 @@ __all__ = ['EXAMPLES', 'COMMANDS', 'EXPLAINED', 'OWN', 'at_least', 'listed', 'in
            'add_check', 'run_check', 'add_new_set', 'run_new_set', 'add_train', 'run_train', 'add_evaluate',
            'run_evaluate', 'add_share', 'run_share', 'add_download', 'run_download', 'add_select', 'run_select',
            'add_check_row', 'run_check_row', 'add_stage', 'run_stage', 'add_rows', 'run_rows', 'add_publish',
-           'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'missing_library', 'main']
+           'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'message_of', 'missing_library',
+           'main']
 
 # %% ../../nbs/6_use/08_command.ipynb #c11c0003
 import argparse
@@ -400,6 +401,14 @@ def explains_itself(error: Exception) -> bool:
     return isinstance(error, EXPLAINED + own)
 
 
+def message_of(
+    error: Exception,  # that explains itself
+) -> str:
+    "What is wrong. Of an error in a process that loads images, the last line of its traceback."
+    text = str(error)
+    return text.strip().splitlines()[-1].partition(': ')[2] if re.match(r'Caught \w+ in DataLoader worker', text) else text
+
+
 def missing_library(
     error: Exception,
 ) -> str:  # empty: it is another error
@@ -422,5 +431,5 @@ def main(args: list[str] | None = None) -> int:  # exit status
         return 130
     except Exception as error:
         if not (text := missing_library(error)) and not explains_itself(error): raise
-        print(f'error: {text or error}', file=sys.stderr)
+        print(f'error: {text or message_of(error)}', file=sys.stderr)
         return 1
