@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'project_root', 'in_project', 'DataError', 'open_regular', 'read_json', 'whole_file', 'write_json',
            'Problem', 'refuse', 'shown', 'check_below', 'open_photograph', 'ImageMissing', 'check_image',
-           'read_image_bytes', 'decode_image', 'read_image']
+           'error_stream_kept', 'complaint_in', 'decode_heard', 'check_whole', 'read_image_bytes', 'decode_image',
+           'read_image']
 
 # %% ../nbs/files.ipynb #0b133986
 import errno
@@ -15,10 +16,13 @@ import os
 import re
 import reprlib
 import stat
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -143,6 +147,17 @@ def check_below(
 
 # %% ../nbs/files.ipynb #ce4919c1
 IMAGE_FORMATS = 'JPEG', 'PNG', 'BMP', 'WEBP', 'TIFF'
+_OTHERS = {b'ftyphei': 'HEIC', b'ftypmif1': 'HEIC', b'ftypavi': 'AVIF', b'GIF8': 'GIF', b'8BPS': 'a Photoshop file', b'%PDF': 'PDF'}  # how they begin
+_TIFF = b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'
+
+
+def _unidentified(content):
+    "Why an image is none of ours, in words"
+    head = content.getvalue()[:16] if isinstance(content, io.BytesIO) else Path(content).read_bytes()[:16]
+    other = next((name for start, name in _OTHERS.items() if head.startswith(start) or head[4:].startswith(start)), None)
+    if other: return f'is {other}, which is not read: convert it to JPEG or PNG'
+    if head.startswith(_TIFF): return 'is a TIFF whose pixels are not read (64 bits, or 32 bits in colour) or a damaged one: convert it to 8 or 16 bits'
+    return f'is truncated or unreadable (it begins as none of {", ".join(IMAGE_FORMATS)})'
 
 
 @contextmanager
@@ -155,7 +170,9 @@ def open_photograph(
         with Image.open(content, formats=IMAGE_FORMATS) as image:
             yield image
     except UnidentifiedImageError:
-        raise DataError(f'{name}: image is truncated or unreadable (it begins as none of {", ".join(IMAGE_FORMATS)})') from None
+        raise DataError(f'{name}: image {_unidentified(content)}') from None
+    except DataError:
+        raise
     except Exception as e:  # decoders raise anything over garbage
         raise DataError(f'{name}: image is truncated or unreadable ({" ".join(str(e).split())})') from None
 
@@ -194,6 +211,59 @@ def check_image(file: str | Path) -> None:
         tail = f.read(2)
     _check_complete(file, head, tail, file)
 
+# %% ../nbs/files.ipynb #f00d0002
+_COMPLAINT = b'Corrupt JPEG data: '  # how libjpeg's complaints begin
+_ERROR_STREAM = threading.Lock()  # there is only one
+
+
+@contextmanager
+def error_stream_kept() -> Iterator[BinaryIO]:
+    "While the body runs, what C libraries write to the error stream goes to a file, which the body gets. In the end, all but libjpeg's complaints is written"
+    if sys.stderr: sys.stderr.flush()
+    with open(os.memfd_create('errors'), 'w+b') if hasattr(os, 'memfd_create') else tempfile.TemporaryFile() as kept:
+        stream = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield kept
+        finally:
+            if sys.stderr: sys.stderr.flush()
+            os.dup2(stream, 2)
+            os.close(stream)
+            if os.fstat(kept.fileno()).st_size:
+                lines = os.pread(kept.fileno(), 1 << 20, 0).splitlines(keepends=True)
+                os.write(2, b''.join(line for line in lines if not line.startswith(_COMPLAINT)))
+
+
+def complaint_in(
+    kept: BinaryIO,  # of `error_stream_kept`
+    start: int = 0,  # where to look from
+) -> str:  # empty: none
+    "The first thing that libjpeg says there, such as 'premature end of data segment'"
+    return os.pread(kept.fileno(), 1000, start).partition(_COMPLAINT)[2].partition(b'\n')[0].decode(errors='replace')
+
+
+def decode_heard(
+    data: bytes,
+    flags: int,  # of `cv2.imdecode`
+) -> tuple[np.ndarray | None, str]:  # pixels, None if it cannot be decoded; and libjpeg's complaint
+    "Decode an image, and hear what libjpeg says of a JPEG. One thread at a time"
+    try:
+        if data[:2] != b'\xff\xd8': return cv2.imdecode(np.frombuffer(data, np.uint8), flags), ''
+        with _ERROR_STREAM, error_stream_kept() as kept:
+            return cv2.imdecode(np.frombuffer(data, np.uint8), flags), complaint_in(kept)
+    except cv2.error:
+        return None, ''
+
+# %% ../nbs/files.ipynb #f00d0005
+def check_whole(
+    data: bytes,
+    complaint: str,  # libjpeg's, see `decode_heard`
+    name: str | Path,  # for messages
+) -> None:
+    "`DataError` if a piece of a JPEG is missing, by what libjpeg says"
+    if not complaint or (complaint.endswith('extraneous bytes before marker 0xd9') and b'\xff\xc2' not in data): return  # the marker of progressive ones
+    raise DataError(f'{name}: image is damaged ({complaint}): a piece is missing, and the rest is shifted or grey')
+
 # %% ../nbs/files.ipynb #e2c5c585
 def read_image_bytes(file: str | Path) -> bytes:
     "An image file as it is; `DataError` if it cannot be read"
@@ -204,15 +274,19 @@ def read_image_bytes(file: str | Path) -> bytes:
 def decode_image(
     data: bytes,
     name: str | Path,  # for messages
+    *,
+    listen: bool = True,  # to libjpeg? If not, a piece in the middle may be missing; then several threads may decode at once
 ) -> np.ndarray:  # (H, W, 3) uint8, BGR as OpenCV has it
-    "A whole image, its orientation tag ignored as in the original; `DataError` if it is empty, truncated or no image"
+    "A whole image, its orientation tag ignored as in the original; `DataError` if it is empty, truncated, damaged or no image"
     _check_complete(name, data[:2], data[-2:], io.BytesIO(data))
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image, complaint = decode_heard(data, flags) if listen else (cv2.imdecode(np.frombuffer(data, np.uint8), flags), '')
     except cv2.error:
-        image = None
+        image, complaint = None, ''
     if image is None:
         raise DataError(f'{name}: image cannot be decoded')
+    check_whole(data, complaint, name)
     return image
 
 

@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['FIELD_CURES', 'FINDING_CURES', 'CURES', 'UNUSABLE_IMAGE', 'ENDINGS', 'ODD_IMAGE', 'Finding', 'warning', 'refused',
-           'problem_of', 'Report', 'ImageFacts', 'image_facts', 'error_stream_kept', 'complaints', 'ImageFile',
-           'facts_of', 'progress_stream', 'look_at_images', 'image_missing', 'image_unreadable',
-           'image_of_another_size', 'image_format', 'image_colours', 'image_orientation', 'image_damaged',
-           'file_named_twice', 'entry_twice', 'same_image_twice', 'image_counts', 'check_images']
+           'problem_of', 'Report', 'ImageFacts', 'image_facts', 'ImageFile', 'facts_of', 'progress_stream',
+           'decoded_alone', 'look_at_images', 'image_missing', 'image_unreadable', 'image_of_another_size',
+           'image_format', 'image_colours', 'image_orientation', 'image_damaged', 'file_named_twice', 'entry_twice',
+           'same_image_twice', 'image_counts', 'check_images']
 
 # %% ../../nbs/3_data/05_findings.ipynb #c4ec0003
 import hashlib
 import io
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 import cv2
 import numpy as np
@@ -29,7 +28,8 @@ from tqdm import tqdm
 
 from .annotations import Columns
 from .images import ArchiveImages, FolderImages
-from ..files import IMAGE_FORMATS, DataError, ImageMissing, Problem, decode_image, open_photograph, shown
+from ..files import (IMAGE_FORMATS, DataError, ImageMissing, Problem, check_whole, complaint_in, decode_heard, decode_image, error_stream_kept,
+                            open_photograph, shown)
 
 # %% ../../nbs/3_data/05_findings.ipynb #9459e5d9
 class Finding(NamedTuple):
@@ -98,7 +98,7 @@ FINDING_CURES = {  # by kind of finding
     'image format': 'nothing; other tools may go by the ending',
     'image colours': 'nothing, if the picture still looks right',
     'image orientation': 'look whether keypoints fit (--out draws them); else store the picture upright',
-    'image damaged': 'copy the picture again, or leave it out',
+    'image damaged': 'nothing, if the picture looks right; else copy it again, or leave it out',
     'file named twice': 'one entry of images for each file',
     'entry twice': 'pack the archive again',
     'same image twice': 'leave one out, with its annotations in one entry',
@@ -192,46 +192,14 @@ def image_facts(
     data: bytes,
     name: str | Path,  # for messages
 ) -> ImageFacts:
-    "Decode an image and look at what it says; `DataError` if it does not decode"
-    height, width = decode_image(data, name).shape[:2]
+    "Decode an image and look at what it says; `DataError` if it does not decode. Nobody listens to the decoder, see `look_at_images`"
+    height, width = decode_image(data, name, listen=False).shape[:2]
     with open_photograph(io.BytesIO(data), name) as image:
         kind, mode, orientation = image.format, image.mode, image.getexif().get(0x0112, 1)
     bits = 8
     if kind != 'JPEG':
         bits = 8 * cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION).itemsize
     return ImageFacts((width, height), hashlib.sha256(data).digest(), kind, mode, orientation, bits)
-
-# %% ../../nbs/3_data/05_findings.ipynb #61473e65
-_DAMAGED = b'Corrupt JPEG data'  # how libjpeg's complaints begin
-
-
-@contextmanager
-def error_stream_kept() -> Iterator[BinaryIO]:
-    "While the body runs, what C libraries write to the error stream goes to a file, which the body gets. In the end, all but libjpeg's complaints is written"
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as kept:
-        stream = os.dup(2)
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield kept
-        finally:
-            sys.stderr.flush()
-            os.dup2(stream, 2)
-            os.close(stream)
-            lines = os.pread(kept.fileno(), 1 << 20, 0).splitlines(keepends=True)
-            os.write(2, b''.join(line for line in lines if not line.startswith(_DAMAGED)))
-
-
-def complaints(data: Sequence[bytes]) -> list[str]:
-    "What libjpeg says about each of some JPEGs, such as 'premature end of data segment'; empty: nothing"
-    said = []
-    with error_stream_kept() as kept:
-        for jpeg in data:
-            start = os.fstat(kept.fileno()).st_size
-            cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-            text = os.pread(kept.fileno(), 1000, start)
-            said.append(text.partition(_DAMAGED + b': ')[2].partition(b'\n')[0].decode(errors='replace'))
-    return said
 
 # %% ../../nbs/3_data/05_findings.ipynb #f097da1b
 class ImageFile(NamedTuple):
@@ -269,6 +237,18 @@ def progress_stream() -> Iterator[TextIO]:
         with open(os.dup(2), 'w') as stream: yield stream
 
 # %% ../../nbs/3_data/05_findings.ipynb #ce951ce1
+def decoded_alone(
+    files: FolderImages | ArchiveImages,
+    i: int,
+    facts: ImageFacts,  # of an image that may be damaged
+) -> ImageFacts | DataError:
+    "What image `i` is, now that nobody else decodes: with libjpeg's complaint, or why a reader refuses it"
+    complaint = decode_heard(data := files.read_bytes(i), cv2.IMREAD_COLOR)[1]
+    try: check_whole(data, complaint, files.file(i))
+    except DataError as e: return e
+    return facts._replace(complaint=complaint)
+
+
 def look_at_images(
     files: FolderImages | ArchiveImages,  # one for each of `images`; names that are no good are never read
     images: Columns,  # of the annotation file
@@ -286,7 +266,7 @@ def look_at_images(
             return facts
 
         facts = dict(zip(rows, tqdm(pool.map(look, rows), total=len(rows), desc=files.path.name, unit='image', disable=None, leave=False, file=stream)))
-    for i in suspects: facts[i] = facts[i]._replace(complaint=complaints([files.read_bytes(i)])[0])
+    for i in suspects: facts[i] = decoded_alone(files, i, facts[i])
     wanted = lambda i: (int(images['width'][i]), int(images['height'][i])) if images.good['width'][i] and images.good['height'][i] else None
     return [ImageFile(files.file(i), facts[i], wanted(i), f'images[{i}].width and height in {images.file}', bool(needed[i])) for i in rows]
 
@@ -298,7 +278,7 @@ def image_missing(image: ImageFile) -> Iterator[Finding]:
 
 
 def image_unreadable(image: ImageFile) -> Iterator[Finding]:
-    "The file is truncated, empty or no image"
+    "The file is truncated, damaged, empty or no image"
     if isinstance(image.facts, DataError) and not isinstance(image.facts, ImageMissing):
         yield image.finding('image unreadable', problem_of(image.facts, image.file, 'image').text)
 
@@ -339,9 +319,9 @@ def image_orientation(image: ImageFile) -> Iterator[Finding]:
 
 
 def image_damaged(image: ImageFile) -> Iterator[Finding]:
-    "The decoder did not like the middle of a JPEG"
+    "The decoder did not like a JPEG, which may yet be whole"
     if image.facts.complaint:
-        yield image.finding('image damaged', f'image is damaged: {image.facts.complaint}; a part of the picture is shifted or grey')
+        yield image.finding('image damaged', f'image may be damaged: {image.facts.complaint}; look whether a part of the picture is shifted or grey')
 
 
 ODD_IMAGE = image_format, image_colours, image_orientation, image_damaged

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Fraction', 'Factor', 'Seed', 'Name', 'InputSize', 'YOUNGER', 'check_name', 'Section', 'DataParams',
-           'ModelParams', 'AugmentationParams', 'default_steps', 'TrainParams', 'EvaluateParams', 'MachineParams',
-           'Experiment', 'as_today', 'as_before']
+           'ModelParams', 'AugmentationParams', 'default_steps', 'TrainParams', 'EvaluateParams', 'DeviceError',
+           'find_device', 'MachineParams', 'Experiment', 'as_today', 'as_before']
 
 # %% ../../nbs/4_training/01_experiment.ipynb #0b133986
 import os
@@ -174,6 +174,21 @@ class EvaluateParams(Section):
     confidence_threshold: Fraction = 0.2  # keypoints above it count in a person's score
     nms_threshold: Fraction = 0.9  # OKS above which the lower-scored of two persons is dropped
 
+# %% ../../nbs/4_training/01_experiment.ipynb #be860001
+class DeviceError(ValueError):
+    "A device that is not there; the message says which are."
+
+
+def find_device(
+    name: str | torch.device | None = None,  # such as cpu, cuda or cuda:1; None or auto: a GPU if there is one
+) -> torch.device:
+    "The device that is meant. `DeviceError` if it is not there."
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in (None, 'auto'): return torch.device('cuda' if gpus else 'cpu')
+    there = ['cpu', *['cuda'] * (gpus > 0), *(f'cuda:{i}' for i in range(gpus)), *['mps'] * torch.backends.mps.is_available()]
+    if str(name) not in there: raise DeviceError(f'device: there is no {name} here, only {", ".join(there)}: say one of them, or leave it out')
+    return torch.device(name)
+
 # %% ../../nbs/4_training/01_experiment.ipynb #f1713ff2
 class MachineParams(Section):
     "What this machine offers; no result may depend on it."
@@ -189,9 +204,8 @@ class MachineParams(Section):
     tensorboard: bool = False  # write TensorBoard event files, too (needs the package tensorboard)?
 
     def torch_device(self) -> torch.device:
-        "The device that is meant here."
-        cuda = self.device == 'cuda' or (self.device == 'auto' and torch.cuda.is_available())
-        return torch.device('cuda' if cuda else 'cpu')
+        "The device that is meant here. `DeviceError` if it is not there."
+        return find_device(self.device)
 
     def image_cache(self) -> dict:
         "Whether and where `CocoPersons` keeps decoded images."
@@ -304,7 +318,8 @@ class Experiment(_Parts):
         return in_project(self.train.start_from) if self.train.start_from else self.model.weights_file()
 
     def check_data(self) -> None:
-        "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong."
+        "Look at everything training and evaluation will read; `DataError` names the first file and field that is wrong, `DeviceError` a device that is not there."
+        self.machine.torch_device()
         if (start := self.start_file()) and not start.is_file():
             raise DataError(f'{start}: no such file ({"train.start_from" if self.train.start_from else "model.weights"})')
         train, val = self.train_set(check_images=True), self.val_set(check_images=True)

@@ -8,10 +8,12 @@ __all__ = ['EXAMPLES', 'COMMANDS', 'EXPLAINED', 'OWN', 'at_least', 'listed', 'in
            'add_check', 'run_check', 'add_new_set', 'run_new_set', 'add_train', 'run_train', 'add_evaluate',
            'run_evaluate', 'add_share', 'run_share', 'add_download', 'run_download', 'add_select', 'run_select',
            'add_check_row', 'run_check_row', 'add_stage', 'run_stage', 'add_rows', 'run_rows', 'add_publish',
-           'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'main']
+           'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'message_of', 'missing_library',
+           'main']
 
 # %% ../../nbs/6_use/08_command.ipynb #c11c0003
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,8 +79,8 @@ def add_predict(commands) -> None:
     command = commands.add_parser('predict', help='poses in images and videos')
     command.add_argument('sources', nargs='+', help='images, folders of them, globs in quotes, videos, or the number of a camera')
     command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original, of Simple Baselines or of mmpose, or a shared folder')
-    command.add_argument('--out', default='poses', help='folder for results.json, results.csv and pictures (default: poses)')
-    command.add_argument('--boxes', help="a detector's boxes, COCO results with image_id or file_name, or an annotation file (default: each image is one person)")
+    command.add_argument('--out', default='poses', help='folder for results.jsonl and .csv, which grow as images are done, results.json in the end, and pictures (default: poses); those of an earlier run are removed')
+    command.add_argument('--boxes', help="a detector's boxes, COCO results with image_id or file_name (with its ending; FILM.mp4#0 for a frame), or an annotation file (default: each image is one person)")
     command.add_argument('--detector', metavar='NAME', help="find persons by one of torchvision's detectors, such as fasterrcnn_resnet50_fpn_v2")
     command.add_argument('--detector-weights', default='DEFAULT', help="torchvision's name or a file (default: DEFAULT, downloaded)")
     command.add_argument('--box-threshold', type=float, help='boxes of a lower score are left out (default: 0.5 with --detector, else 0)')
@@ -87,16 +89,16 @@ def add_predict(commands) -> None:
     command.add_argument('--no-flip', dest='flip_test', action='store_false', help='do not average with the mirrored image: twice as fast')
     command.add_argument('--batch-size', type=at_least(1), default=32, help='persons at once (default: 32)')
     command.add_argument('--threshold', type=float, default=0.2, help='keypoints of a lower confidence are not drawn (default: 0.2)')
-    command.add_argument('--no-pictures', dest='pictures', action='store_false', help='write only results.json and results.csv, draw nothing')
+    command.add_argument('--no-pictures', dest='pictures', action='store_false', help='write results only, draw nothing')
     command.add_argument('--limit', type=at_least(1), help='stop after so many images or frames')
     command.add_argument('--device', help='such as cpu or cuda:1 (default: a GPU if there is one)')
     command.set_defaults(run=run_predict)
 
 
-def run_predict(options: argparse.Namespace) -> bool:  # was an image broken?
+def run_predict(options: argparse.Namespace) -> int:  # exit status
     from srl_pose.use.predict import predict_command
 
-    return predict_command(**arguments(options)) > 0
+    return predict_command(**arguments(options))
 
 # %% ../../nbs/6_use/08_command.ipynb #3c4ddcff
 def add_export(commands) -> None:
@@ -389,13 +391,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/6_use/08_command.ipynb #f49eb56b
 EXPLAINED = ConnectionError, ModuleNotFoundError, FileNotFoundError
-OWN = {'srl_pose.files': 'DataError', 'srl_pose.experiment.params': 'ParameterError', 'srl_pose.training.checkpoint': 'CheckpointError'}
+OWN = {'srl_pose.files': 'DataError', 'srl_pose.experiment.params': 'ParameterError', 'srl_pose.training.checkpoint': 'CheckpointError',
+       'srl_pose.experiment.experiment': 'DeviceError'}
 
 
 def explains_itself(error: Exception) -> bool:
     "Does the message of an error say what is wrong, so that no traceback is needed?"
     own = tuple(getattr(sys.modules[module], name) for module, name in OWN.items() if module in sys.modules)
     return isinstance(error, EXPLAINED + own)
+
+
+def message_of(
+    error: Exception,  # that explains itself
+) -> str:
+    "What is wrong. Of an error in a process that loads images, the last line of its traceback."
+    text = str(error)
+    return text.strip().splitlines()[-1].partition(': ')[2] if re.match(r'Caught \w+ in DataLoader worker', text) else text
+
+
+def missing_library(
+    error: Exception,
+) -> str:  # empty: it is another error
+    "What to do where a library of the system is not there, such as libGL for OpenCV."
+    library = re.search(r'(lib\S+?\.so[.\d]*): cannot open shared object', str(error))
+    if not (isinstance(error, ImportError) and library): return ''
+    return f'{library[1]}: the system has no such library' + (
+        ', which OpenCV needs for windows: pip uninstall opencv-python && pip install opencv-python-headless, or install libgl1 and libglib2.0-0 by the system\'s packages'
+        if re.match('lib(GL|gthread|glib|X|xcb|SM|ICE)', library[1]) else '')
 
 # %% ../../nbs/6_use/08_command.ipynb #b4175429
 def main(args: list[str] | None = None) -> int:  # exit status
@@ -404,7 +426,10 @@ def main(args: list[str] | None = None) -> int:  # exit status
     options = build_parser().parse_args(typed, argparse.Namespace(typed=typed))
     try:
         return int(options.run(options) or 0)
+    except KeyboardInterrupt:
+        print('stopped by Ctrl-C', file=sys.stderr)
+        return 130
     except Exception as error:
-        if not explains_itself(error): raise
-        print(f'error: {error}', file=sys.stderr)
+        if not (text := missing_library(error)) and not explains_itself(error): raise
+        print(f'error: {text or message_of(error)}', file=sys.stderr)
         return 1

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 from torchvision.models import get_model_weights
 
@@ -92,8 +91,8 @@ def _as_options(error: ValidationError) -> str:
 
 
 def _check_machine(e: Experiment) -> None:
-    "`ParameterError` for a device that is not here, a file that is no backbone, or a name that is not torchvision's"
-    if e.machine.device == 'cuda' and not torch.cuda.is_available(): raise ParameterError('--device: there is no CUDA here; say cpu, or leave it out')
+    "`DeviceError` for a device that is not here, `ParameterError` for a file that is no backbone, or a name that is not torchvision's"
+    e.machine.torch_device()
     if e.model.weights_file():
         try: e.model.build()
         except ValueError as error: raise ParameterError(f'--backbone-weights: {error}') from None
