@@ -187,6 +187,7 @@ class MachineParams(Section):
     restarts: Annotated[int, Field(ge=0)] = 2  # times that dead training processes are started again
     progress_seconds: Annotated[float, Field(ge=0)] = 5.  # from one line of the log to the next
     tensorboard: bool = False  # write TensorBoard event files, too (needs the package tensorboard)?
+    measure_seconds: Annotated[float, Field(gt=0)] = 6.  # to time a row's forward passes in, with one image and in a batch, each
 
     def torch_device(self) -> torch.device:
         "The device that is meant here."
