@@ -55,7 +55,8 @@ class Told:
         "How it stands after one more line."
         if found := STEP.match(line):
             epoch, epochs, *parts = (int(part or 0) for part in found.groups())
-            self.left = f'{about(sum(a * b for a, b in zip(parts, (86400, 3600, 60, 1))))} left'
+            seconds = sum(a * b for a, b in zip(parts, (86400, 3600, 60, 1)))
+            self.left = f'{about(seconds)} left' if seconds else ''
         elif found := EPOCH.match(line):
             epoch, epochs = map(int, found.groups()[:2])
             kept = [part for part in found[3].split(', ') if not part.startswith(('loss', 'validation loss', 'α'))]
@@ -134,6 +135,7 @@ class Story:
             self.screen.say(text)
         elif CHATTER.match(text) or not self.now: pass
         elif (standing := self.told.take(text)) is not None: self.screen.show(f'{self.now}: {standing}')
+        elif text.startswith('WARNING'): self.screen.say(text)  # of DVC
         elif text.startswith(('warning', 'continuing')): self.screen.say(f'{self.now}: {text}')
         else: self.last = text
 
