@@ -96,7 +96,7 @@ class Screen:
 # %% ../../nbs/6_use/12_terminal.ipynb #28a09bb5
 BEGINS = re.compile(r"Running stage '(.+)':|Importing '.+' -> '(.+)'")
 KEPT = re.compile(r"(?:Stage )?'(.+)' (?:didn't change, skipping|is cached - skipping run, checking out outputs)")
-CHATTER = re.compile(r"> |(Generating|Updating) lock file|To track the changes|\s+git add|To enable auto staging|\s*dvc config|Use `dvc push`|Data and pipelines are up|Verifying data|\s*$")
+CHATTER = re.compile(r"> |(Generating|Updating) lock file|To track the changes|\s+git add|To enable auto staging|\s*dvc config|Use `dvc push`|Data and pipelines are up|Verifying data|WARNING: '.+' is empty|\s*$")
 WRONG = re.compile(r'error: |ERROR: |failed|stopped \(|Traceback')
 
 
