@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEAD', 'NEEDED', 'run_cells', 'child', 'how_it_ended', 'patient', 'report', 'in_a_fork', 'run_notebook', 'work_of',
-           'run_stage', 'ask_warm', 'read_request', 'take_over', 'Warm', 'serve_stages', 'warm_process']
+           'run_stage', 'ask_warm', 'read_request', 'take_over', 'Warm', 'look_ahead', 'serve_stages', 'warm_process']
 
 # %% ../../nbs/6_use/11_stage.ipynb #407304b4
 import importlib
@@ -210,8 +210,8 @@ def take_over(request: dict, streams: list[int]) -> Callable:  # work for `child
     os.chdir(request['folder'])
     return work_of(request['name'], request['values'])
 
-# %% ../../nbs/6_use/11_stage.ipynb #cc848cab
-NEEDED = ('papermill', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 'matplotlib_inline.backend_inline', 'dvclive', 'srl_pose.training.train',
+# %% ../../nbs/6_use/11_stage.ipynb #a685e709
+NEEDED = ('papermill', 'dvc.repo', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 'matplotlib_inline.backend_inline', 'dvclive', 'srl_pose.training.train',
           'srl_pose.evaluation.metrics', 'srl_pose.data.draw', 'srl_pose.results.measure', 'srl_pose.results.pages')
 
 
@@ -254,6 +254,15 @@ class Warm:
                 if key.fd in self.waiting.get_map(): key.data[0](*key.data[1:])
 
 
+def look_ahead() -> None:
+    "Do what every stage begins with: a fork remembers which parameters are right and what the code is."
+    from srl_pose.experiment.params import load_experiments
+    from srl_pose.training.checkpoint import code_digest
+
+    load_experiments()
+    code_digest()
+
+
 def serve_stages(
     door: int,  # descriptor of a listening socket
 ) -> None:
@@ -261,6 +270,7 @@ def serve_stages(
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in NEEDED: importlib.import_module(name)
+    with suppress(Exception): look_ahead()  # what is wrong, a stage says
     Warm(socket.socket(fileno=door)).serve()
 
 # %% ../../nbs/6_use/11_stage.ipynb #2a06fc70
