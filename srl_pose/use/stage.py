@@ -210,11 +210,7 @@ def take_over(request: dict, streams: list[int]) -> Callable:  # work for `child
     os.chdir(request['folder'])
     return work_of(request['name'], request['values'])
 
-# %% ../../nbs/6_use/11_stage.ipynb #a685e709
-NEEDED = ('papermill', 'dvc.repo', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 'matplotlib_inline.backend_inline', 'dvclive', 'srl_pose.training.train',
-          'srl_pose.evaluation.metrics', 'srl_pose.data.draw', 'srl_pose.results.measure', 'srl_pose.results.pages')
-
-
+# %% ../../nbs/6_use/11_stage.ipynb #7dd87bc7
 class Warm:
     "The warm process."
 
@@ -253,6 +249,10 @@ class Warm:
             for key, _ in self.waiting.select():
                 if key.fd in self.waiting.get_map(): key.data[0](*key.data[1:])
 
+# %% ../../nbs/6_use/11_stage.ipynb #a2c1b2cf
+NEEDED = ('papermill', 'dvc.repo', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 'matplotlib_inline.backend_inline', 'dvclive', 'srl_pose.training.train',
+          'srl_pose.evaluation.metrics', 'srl_pose.data.draw', 'srl_pose.results.measure', 'srl_pose.results.pages')
+
 
 def look_ahead() -> None:
     "Do what every stage begins with: a fork remembers which parameters are right and what the code is."
@@ -273,7 +273,7 @@ def serve_stages(
     with suppress(Exception): look_ahead()  # what is wrong, a stage says
     Warm(socket.socket(fileno=door)).serve()
 
-# %% ../../nbs/6_use/11_stage.ipynb #2a06fc70
+# %% ../../nbs/6_use/11_stage.ipynb #7e65c603
 @contextmanager
 def warm_process() -> Iterator[dict[str, str]]:  # variables for the environment of commands
     "A warm process beside the body; nothing where the system has no such way to wait for processes (Linux has)."
