@@ -1,5 +1,5 @@
 # Two commands do everything; both set up what is missing first:
-#   make table                run the chosen experiments and print their results page
+#   make table                run the chosen experiments, say what is being done, and print their results page
 #   make test                 check that notebooks are clean and exported, run nbdev_test and pytest
 # Choosing what `make table` and `dvc repro` run:
 #   make coco DATA=<folder>   the COCO experiments on a COCO folder (likewise make lspet); RECIPE=<name> chooses one of their recipes
@@ -34,14 +34,7 @@ export VENV MARK WANT DATA RECIPE TABLE
 HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
 
 table: setup
-ifdef TABLE
-	@stages=$$(srl-pose rows "$$TABLE") && dvc repro $$stages && dvc repro --single-item table
-	@cat $(HERE)/tables/table$(TABLE).md
-else
-	@dvc repro
-	@cat $(HERE)/tables/results.md
-endif
-	@echo "This page: $(HERE)/tables/, as .md, .csv, .html, .png. Executed notebooks, weights, curves and predictions: $(HERE)/runs/"
+	@srl-pose table $(if $(TABLE),"$$TABLE")
 
 measure: setup
 	@dvc repro --single-item code measure

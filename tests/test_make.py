@@ -57,3 +57,5 @@ def test_words_reach_the_programs_whole(project, tmp_path):
         assert calls[0].endswith(f'|venv|{venv}') and calls[-1] == f'srl-pose|select|coco|--data|{data}|--recipe|rehearsal'
         assert make(project, 'sample', VENV=given)[1] == ['srl-pose|select|sample']
     assert make(project, 'measure', VENV=str(elsewhere))[1] == ['dvc|repro|--single-item|code|measure']
+    assert make(project, 'table', VENV=str(elsewhere))[1] == ['srl-pose|table']
+    assert make(project, 'table', VENV=str(elsewhere), TABLE="4; 'x'")[1] == ["srl-pose|table|4; 'x'"]

@@ -15,6 +15,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from srl_pose.benchmarks.survive import make_project
 from srl_pose.experiment.params import ParameterError, load_experiments, load_set
 from srl_pose.experiment.provenance import imports_of, modules_behind
 from srl_pose.training.checkpoint import LOOK_ON, parameters
@@ -204,6 +205,70 @@ def test_a_parameter_runs_again_what_reads_it_and_no_more(watched, section, key,
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of values that are none of this key
         assert (parameters(EXPERIMENT.model_copy(update={section: part})) != parameters(EXPERIMENT)) == said['train']
+
+
+STAND_IN = dict(
+    train='out.mkdir(parents=True, exist_ok=True); (out / "curves/plots/metrics").mkdir(parents=True); (out / "curves/plots/images").mkdir(); [(out / n).write_text(row) for n in ("model.pt", "train.json", "best.pt")]',
+    evaluate='(out / "keypoints_val_results.json").write_text("[]"); e.metrics_file().write_text("{}")',
+    measure='assert row != broken, "no time"; (folder := e.folder().parent / "measured").mkdir(exist_ok=True); (folder / f"{row}.json").write_text("{}")',
+    table='(tables := e.folder() / "tables").mkdir(exist_ok=True); (tables / "results.md").write_text("the page")')
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A project of two rows whose notebooks only write the files that DVC expects, and a function that calls a command there."""
+    folder = make_project(tmp_path_factory.mktemp('stages') / 'project', epochs=1, images=4)
+    params = folder / 'params.yaml'
+    params.write_text(params.read_text() + '  other: {model: {block: null, block_after: []}, train: {}, evaluate: {}}\n')
+    for name, work in STAND_IN.items():
+        path = folder / 'nbs' / 'stages' / f'{name}.ipynb'
+        notebook = json.loads(path.read_text())
+        source = 'import os, sys; from srl_pose.experiment.params import load_experiment, load_experiments; broken = os.environ.get("BROKEN")\n' + (
+            'e = next(iter(load_experiments().values()))' if name == 'table' else 'e = load_experiment(row); out = e.run_folder()') + f'\n{work}\nprint("{name} is well")'
+        first = [cell for cell in notebook['cells'] if 'parameters' in cell['metadata'].get('tags', ())]
+        notebook['cells'] = [*first, dict(cell_type='code', source=source, metadata={}, outputs=[], execution_count=None, id='a')]
+        path.write_text(json.dumps(notebook))
+
+    def call(*words, **environment):
+        return subprocess.run(words, cwd=folder, env={**os.environ, 'PYTHONPATH': str(folder), **environment}, capture_output=True, text=True)
+    return folder, call
+
+
+def told(done):
+    """Lines without their seconds"""
+    return [re.sub(r' \(\d+ s\)$', '', line) for line in done.stdout.splitlines()]
+
+
+def test_make_table_tells_each_stage_in_a_line(small):
+    """First one row fails: the reason and the place of its traceback are there. Then only what is missing runs; then nothing."""
+    folder, call = small
+    failed = call('srl-pose', 'table', BROKEN='other')
+    lines = told(failed)
+    assert failed.returncode and failed.stderr == ''
+    at = lines.index('error: AssertionError: no time')
+    assert lines[at - 1].endswith('measuring time and memory of other: failed') and lines[at + 1] == 'failed; the traceback is at the end of outputs/tiny/measured/other.ipynb'
+    assert lines[at + 2].startswith("ERROR: failed to reproduce 'measure@other'")
+    well = call('srl-pose', 'table')
+    lines = told(well)
+    assert well.returncode == 0 and well.stderr == ''
+    assert '[7/7] writing the pages: table is well' in lines and 'the page' in lines and any(line.startswith('The page: ') for line in lines)
+    words = {re.sub(r'\[./7\] ', '', line.partition(':')[0]) for line in told(failed) + lines if line.startswith('[')}
+    assert words == {*(f'{doing} {row}, seed 0' for doing in ('training', 'evaluating') for row in ('tiny', 'other')),
+                     'measuring time and memory of tiny', 'measuring time and memory of other', 'writing the pages'}
+    noise = ('Running stage', '> srl-pose', 'lock file', 'git', 'dvc push', 'Executing', 'Notebook:', 'kernel', 'WARNING', "didn't change")
+    assert not [line for line in lines if any(text in line for text in noise)]
+    again = call('srl-pose', 'table')
+    assert again.returncode == 0 and told(again)[0] == '7 of 7 stages were as they are: nothing they depend on has changed'
+    assert 'table is well' in (folder / 'outputs/tiny/tiny/table.ipynb').read_text()
+
+
+def test_plain_dvc_runs_the_same_stages(small):
+    """Without a process that is warm, also one stage alone; a name that does not exist is said, without a traceback."""
+    folder, call = small
+    done = call('dvc', 'repro', '--force', '--single-item', 'measure@tiny')
+    assert done.returncode == 0 and 'measure is well' in done.stdout and 'Executing' not in done.stdout + done.stderr
+    none = call('srl-pose', 'stage', 'measure', '--row', 'none')
+    assert none.returncode == 1 and none.stderr.startswith('error: ') and len(none.stderr.splitlines()) == 1 and 'rows.none: no such row' in none.stderr
 
 
 @pytest.mark.parametrize('name', ["tiny;touch X", "$(touch X)", "`touch X`", "a'; touch X; '", 'a" ; touch X ; "', '../up', '-x', 'a b', ''])

@@ -113,7 +113,8 @@ def find_role(
 ) -> psutil.Process | None:
     "The process that plays a role, once it is there."
     if target in ('dvc repro', 'launcher'): return next((p for p in family if p.pid == own), None)
-    kernel = next((p for p in family if 'ipykernel_launcher' in command_line(p)), None)
+    stage = [p for p in family if re.search(r'python\S* \S*srl-pose stage', command_line(p))]  # the command, its child and, a fork of that, the kernel
+    kernel = stage[2] if len(stage) > 2 else None
     if target == 'kernel': return kernel
     launcher = kernel.pid if kernel else own
     workers = [p for p in family if p.pid != launcher and 'spawn_main' in command_line(p) and p.ppid() == launcher]

@@ -59,6 +59,9 @@ class DataParams(Section):
     detections: str | None = None  # file of person boxes with scores for `val`, COCO's results form, relative to `root`; null: there are none
 
 # %% ../../nbs/4_training/01_experiment.ipynb #7b729ab4
+_strides = {}  # of networks that were built once to see whether they can be, by their parameters
+
+
 class ModelParams(Section):
     "The arguments of `PoseResNet`, and of the `Heatmaps` it is trained on."
     backbone: str = 'resnet50'  # resnet18, 34, 50, 101 or 152
@@ -77,13 +80,15 @@ class ModelParams(Section):
 
     @model_validator(mode='after')
     def _can_be_built(self):
-        with torch.device('meta'):
-            self.build(pretrained=False)
+        self.stride()
         return self
 
     def stride(self) -> int:
         "Pixels of the input per cell of a heatmap."
-        with torch.device('meta'): return self.build(pretrained=False).stride
+        key = repr(self.model_dump(exclude={'decoder', 'weights'}))
+        if key not in _strides:
+            with torch.device('meta'): _strides[key] = self.build(pretrained=False).stride
+        return _strides[key]
 
     def weights_file(self) -> Path | None:
         "The file that `weights` names, relative to the project; None for a name of torchvision's."
@@ -202,6 +207,7 @@ class MachineParams(Section):
     restarts: Annotated[int, Field(ge=0)] = 2  # times that dead training processes are started again
     progress_seconds: Annotated[float, Field(ge=0)] = 5.  # from one line of the log to the next
     tensorboard: bool = False  # write TensorBoard event files, too (needs the package tensorboard)?
+    measure_seconds: Annotated[float, Field(gt=0)] = 6.  # to time a row's forward passes in, with one image and in a batch, each
 
     def torch_device(self) -> torch.device:
         "The device that is meant here. `DeviceError` if it is not there."

@@ -121,10 +121,11 @@ def die_with_parent(
 
 # %% ../../nbs/4_training/11_launch.ipynb #4e7a73ca
 def _chain_to_dvc() -> list:
-    "Processes from the parent of this one up to DVC, if DVC started it."
+    "Processes above this one up to DVC, if DVC started it; above and with its command, where this process was forked elsewhere."
     import psutil
 
-    chain = psutil.Process().parents()
+    own = psutil.Process(int(os.environ.get('SRL_POSE_STAGE', os.getpid())))
+    chain = ([] if own.pid == os.getpid() else [own]) + own.parents()
     def below_dvc(process):
         try:
             return 'DVC_STAGE' in process.environ()

@@ -7,9 +7,9 @@ __all__ = ['EXAMPLES', 'COMMANDS', 'EXPLAINED', 'OWN', 'at_least', 'listed', 'in
            'add_network', 'add_predict', 'run_predict', 'add_export', 'run_export', 'numbers', 'name_pairs',
            'add_check', 'run_check', 'add_new_set', 'run_new_set', 'add_train', 'run_train', 'add_evaluate',
            'run_evaluate', 'add_share', 'run_share', 'add_download', 'run_download', 'add_select', 'run_select',
-           'add_check_row', 'run_check_row', 'add_stage', 'run_stage', 'add_rows', 'run_rows', 'add_publish',
-           'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'message_of', 'missing_library',
-           'main']
+           'add_check_row', 'run_check_row', 'add_stage', 'run_stage', 'add_table', 'run_table', 'add_rows', 'run_rows',
+           'add_publish', 'run_publish', 'add_plan', 'run_plan', 'build_parser', 'explains_itself', 'message_of',
+           'missing_library', 'main']
 
 # %% ../../nbs/6_use/08_command.ipynb #c11c0003
 import argparse
@@ -304,21 +304,23 @@ def add_stage(commands) -> None:
     command.set_defaults(run=run_stage)
 
 
-def run_stage(options: argparse.Namespace) -> None:
-    import os
+def run_stage(options: argparse.Namespace) -> bool:  # did it fail?
+    from srl_pose.use.stage import run_stage
 
-    from srl_pose.experiment.params import load_experiment, load_experiments
-    from srl_pose.files import project_root
+    return run_stage(**arguments(options)) > 0
 
-    values = {name: getattr(options, name) for name in ('row', 'seed') if getattr(options, name) is not None}
-    e = load_experiment(**values) if values else next(iter(load_experiments().values()))
-    folder = dict(measure=e.folder().parent / 'measured', table=e.folder()).get(options.name, e.run_folder())
-    if options.name == 'train': e.check_data()
-    if options.name == 'evaluate': e.metrics_file().parent.mkdir(parents=True, exist_ok=True)
-    executed = folder / f'{options.row if options.name == "measure" else options.name}.ipynb'
-    given = [word for name, value in values.items() for word in ('-r', name, str(value))]
-    os.chdir(project_root())
-    os.execv('scripts/stage.sh', ['stage.sh', f'nbs/stages/{options.name}.ipynb', str(executed.relative_to(project_root())), *given])
+# %% ../../nbs/6_use/08_command.ipynb #549022c5
+def add_table(commands) -> None:
+    "`srl-pose table`"
+    command = commands.add_parser('table', help='run all stages that are missing or changed, and show the results page')
+    command.add_argument('table', nargs='?', help="of the paper, 2 to 6: only its rows; without it, all rows of params.yaml")
+    command.set_defaults(run=run_table)
+
+
+def run_table(options: argparse.Namespace) -> int:  # exit status
+    from srl_pose.use.terminal import table_command
+
+    return table_command(options.table)
 
 # %% ../../nbs/6_use/08_command.ipynb #436a5bbb
 def add_rows(commands) -> None:
@@ -374,9 +376,9 @@ EXAMPLES = """examples:
   srl-pose new-set mice --keypoints nose,left_ear,right_ear,tail --photos photos/     your own keypoints: fill the file in, check, and then
   srl-pose train --data mice --out run --start-from model.pt                          train (srl-pose evaluate measures)
 
-select, check-row, stage, rows, publish and plan belong to a checkout of the project, whose params.yaml says what is trained.
+select, table, check-row, stage, rows, publish and plan belong to a checkout of the project, whose params.yaml says what is trained.
 """
-COMMANDS = (add_predict, add_export, add_new_set, add_check, add_train, add_evaluate, add_share, add_download, add_select, add_check_row, add_stage, add_rows, add_publish,
+COMMANDS = (add_predict, add_export, add_new_set, add_check, add_train, add_evaluate, add_share, add_download, add_select, add_table, add_check_row, add_stage, add_rows, add_publish,
             add_plan)  # as the help lists them
 
 
