@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from srl_pose.data.coco import MEAN, STD
+from srl_pose.evaluation.evaluate import pose_heatmaps
 from srl_pose.pose.mmpose import IMAGENET
 from srl_pose.pose.original import Unsaid, load_original
 from srl_pose.pose.pose_net import PoseResNet
@@ -136,6 +137,9 @@ def save(path, theirs, change=lambda text: text):
     return save_0(path, theirs.state_dict(), change(ZERO))
 
 
+def same(found, expected): torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
 def images(): return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 96, 64), dtype=np.uint8))
 
 
@@ -195,6 +199,21 @@ def test_decoders(theirs, tmp_path, one, zero, decoder):
     assert Predictor.load(path, decoder='none', **options).heatmaps.decoder == 'none'
 
 
+@pytest.mark.parametrize('shift', [True, False])
+def test_the_mirrored_image_is_averaged_as_the_configuration_says(theirs, tmp_path, shift):
+    "With its maps shifted by a cell or not, as mmpose does: in prediction and in a measurement."
+    path = save(tmp_path / 'a.pth', theirs, lambda text: text.replace('shift_heatmap=True', f'shift_heatmap={shift}'))
+    predictor, x = Predictor.load(path, say=lambda text: None, device='cpu'), images()
+    assert predictor.heatmaps.flip_shift == shift
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    x = (x - mean) / std
+    order = [0, *(i for pair in range(1, 17, 2) for i in (pair + 1, pair))]
+    mirrored = theirs(x.flip(-1)).flip(-1)[:, order]
+    if shift: mirrored[..., 1:] = mirrored[..., :-1].clone()
+    with torch.no_grad(): found = pose_heatmaps(predictor.model, x, predictor.heatmaps, predictor.keypoint_set)
+    same(found, (theirs(x) + mirrored) / 2)
+
+
 def test_what_no_configuration_says_is_assumed(theirs, tmp_path):
     "The name has the size; and where it has not, it must be said."
     text = 'res18_coco.py\n_base_ = []'  # old files hold the name of the configuration before it
@@ -211,7 +230,7 @@ def test_colours_are_as_the_configuration_says(theirs, tmp_path):
     assert load_original(path).color_order == 'BGR'
     x, network = torch.randn(1, 3, 96, 64), PoseResNet('resnet18')
     load_start(network, path, say=lambda text: None)
-    with torch.no_grad(): torch.testing.assert_close(network.eval()(x), theirs(x.flip(1)))
+    with torch.no_grad(): same(network.eval()(x), theirs(x.flip(1)))
 
 
 @pytest.mark.parametrize('block', [None, 'fft', 'nl'])
@@ -219,7 +238,7 @@ def test_a_row_starts_from_it(theirs, tmp_path, block):
     "With the same outputs before training, and without turning colours."
     network, said, x = PoseResNet('resnet18', block=block), [], torch.randn(1, 3, 96, 64)
     load_start(network, save(tmp_path / 'epoch_210.pth', theirs), say=said.append)
-    with torch.no_grad(): torch.testing.assert_close(network.eval()(x), theirs(x))
+    with torch.no_grad(): same(network.eval()(x), theirs(x))
     assert 'mmpose' in said[0] and 'trained on RGB' in said[0] and 'BGR' not in said[0] and 'decoder quarter there' in said[0]
 
 

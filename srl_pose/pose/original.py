@@ -331,7 +331,7 @@ def _configured(said):
     for name, value in said.items():
         if name == 'flip_shift':  # of the maps of the mirrored image, by a cell
             other = decoder is not None and value == decoder.unbiased
-            yield Finding('flip test', 'shifted' if value else 'not shifted', why + f'; here they are {"not " if value else ""}shifted' * other)
+            yield Finding('flip test', 'shifted' if value else 'not shifted', why + '; usual for this decoder is the other' * other)
         elif name == 'decoder' and decoder is None: yield Finding(name, 'unknown', value)
         else: yield Finding(name, words.get(name, str)(value), why)
 
@@ -416,6 +416,7 @@ class Original:
     color_order: str  # of the images that it expects, RGB or BGR
     input_size: tuple[int, int] | None  # (w, h) of these; None: nothing says it
     decoder: str  # that reads its heatmaps, see `Heatmaps`; a sentence where there is none that does
+    flip_shift: bool | None  # of `Heatmaps`; None: nothing says it, so as is usual for the decoder
     missing: tuple[str, ...]  # in the network only: these keep their initial numbers
     unexpected: tuple[str, ...]  # in the checkpoint only
     mismatched: tuple[str, ...]  # in both, with different shapes
@@ -460,4 +461,4 @@ def load_original(
         raise ValueError(f'{", ".join(other)}: the network that is given has its own')
     try: order = choose_color_order(layout, color_order)
     except ValueError as error: raise type(error)(f'{_label(source)}: {error}') from None
-    return Original(model.eval(), order, size, layout.said.get('decoder', 'quarter'), *_fill(model, state, _label(source), strict), report)
+    return Original(model.eval(), order, size, layout.said.get('decoder', 'quarter'), layout.said.get('flip_shift'), *_fill(model, state, _label(source), strict), report)

@@ -132,7 +132,7 @@ def tensorboard_writer() -> type:
 
 # %% ../../nbs/4_training/10_watch.ipynb #b97e2dd6
 class Curves:
-    "The measures of each epoch, in DVCLive's tables and, if wanted, TensorBoard's event files."
+    "The measures of each epoch, in a table each and, if wanted, TensorBoard's event files."
 
     def __init__(
         self,
@@ -142,37 +142,32 @@ class Curves:
         tensorboard: bool = False,  # event files in folder/tensorboard, too?
     ):
         writer = tensorboard_writer() if tensorboard else None
-        try:
-            from dvclive import Live
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError('dvclive keeps the curves of a training run: pip install "srl_pose[pipeline]"') from None
-
-        shutil.rmtree(Path(folder) / 'tensorboard', ignore_errors=True)
-        self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None)
+        self.plots, self.step = Path(folder) / 'plots', 0
+        for old in (self.plots, Path(folder) / 'tensorboard'): shutil.rmtree(old, ignore_errors=True)
+        (self.plots / 'metrics').mkdir(parents=True)
         self.board = writer(str(Path(folder) / 'tensorboard')) if writer else None
-        self.step = 0
         for values in history: self.log(values)
 
     def log(self, values: dict[str, float]) -> None:
         "One more epoch."
-        self.live.step = self.step
         for name, value in values.items():
-            self.live.log_metric(name, value)
+            with (self.plots / 'metrics' / f'{name}.tsv').open('a') as table:
+                table.write(f'step\t{name}\n' * (table.tell() == 0) + f'{self.step}\t{value}\n')
             if self.board: self.board.add_scalar(name, value, self.step)
-        self.live.next_step()
         self.step += 1
 
     def end(self, figure: Figure | None = None) -> None:
         "Close the tables, with a page of predictions."
-        if figure: self.live.log_image('predictions.png', figure)
-        self.live.end()
+        if figure:
+            with whole_file(self.plots / 'images' / 'predictions.png') as partial: figure.savefig(partial, format='png')
+            plt.close(figure)
         if self.board: self.board.close()
 
 # %% ../../nbs/4_training/10_watch.ipynb #2b5e0c0a
 def read_curves(
     folder: str | Path,  # of `Curves`
 ) -> dict[str, dict[int, float]]:  # name -> epoch, from 1, -> value
-    "The tables that DVCLive has written."
+    "The tables that `Curves` has written."
     curves = {}
     for file in sorted((Path(folder) / 'plots' / 'metrics').glob('*.tsv')):
         header, *rows = file.read_text().splitlines()
