@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RESIDUAL_BLOCKS', 'BLOCK_MARKS', 'OPENCV', 'UNSAID', 'Opened', 'open_state', 'read_state', 'original_name',
            'find_blocks', 'input_sizes', 'choose_geometry', 'infer_arguments', 'Layout', 'recognise', 'Unsaid',
-           'choose_color_order', 'Finding', 'Report', 'describe', 'renumber', 'Original', 'load_original']
+           'choose_color_order', 'Finding', 'Report', 'describe', 'renumber', 'Original', 'arguments_of', 'likely_size',
+           'load_original']
 
 # %% ../../nbs/2_pose/09_original.ipynb #0b133986
 import bisect
@@ -429,6 +430,27 @@ def _size_in_name(source):
     sizes = [(int(w), int(h)) for h, w in found if int(w) % 32 == int(h) % 32 == 0 < int(w) * int(h)]
     return sizes[0] if len(sizes) == 1 else None
 
+# %% ../../nbs/2_pose/09_original.ipynb #94554369
+def arguments_of(
+    opened: Opened,  # of `open_state`
+    layout: Layout,  # of `recognise`
+    input_size: tuple[int, int] | None = None,  # (w, h) where it is known
+    **given,  # of `infer_arguments`: strides, dilate, caffe, edges, norm
+) -> dict[str, object]:
+    "Arguments of the `PoseResNet` that a file holds, by its tensors and its configuration. ValueError where there is none."
+    named = {original_name(name): t for name, t in opened.state.items()}
+    check_normalisation(layout.said.get('normalisation'))
+    caffe = given.get('caffe') or ('layer1.0.conv3.weight' in named and layout.said.get('caffe', False))
+    return infer_arguments(named, input_size, **given | dict(caffe=caffe))
+
+
+def likely_size(
+    source: str | Path | Mapping,  # of `open_state`
+    layout: Layout,  # of `recognise`
+) -> tuple[int, int] | None:  # (w, h) of its images; None: nothing says it
+    "What a configuration says or, if there is none, the name of the file."
+    return layout.said.get('input_size') or _size_in_name(source)
+
 # %% ../../nbs/2_pose/09_original.ipynb #26d4e4e5
 def load_original(
     source: str | Path | Mapping,  # file or state dict, with or without `module.` and a `state_dict` around it
@@ -446,17 +468,15 @@ def load_original(
     "Load a checkpoint of the original, of Simple Baselines, of mmpose, or a plain state dict. Raises ValueError, nothing loaded."
     opened, report, given = open_state(source), None, dict(strides=strides, dilate=dilate, caffe=caffe, edges=edges, norm=norm)
     layout, state = recognise(opened), opened.state
-    size = input_size or layout.said.get('input_size') or _size_in_name(source)
+    size = input_size or likely_size(source, layout)
     if model is None:
-        named = {original_name(name): t for name, t in state.items()}
         try:
-            check_normalisation(layout.said.get('normalisation'))
-            arguments = infer_arguments(named, input_size, **given | dict(caffe=caffe or ('layer1.0.conv3.weight' in named and layout.said.get('caffe', False))))
+            arguments = arguments_of(opened, layout, input_size, **given)
             size = arguments.get('input_size', size)
             model = PoseResNet(**arguments)
         except ValueError as error:
             raise ValueError(f'{_label(source)} fits no PoseResNet: {error}') from None
-        report = describe(named, arguments, given, layout, color_order=color_order, input_size=None if input_size else size, around=opened.around)
+        report = describe({original_name(name): t for name, t in state.items()}, arguments, given, layout, color_order=color_order, input_size=None if input_size else size, around=opened.around)
     elif other := [name for name in given if given[name] != UNSAID[name][0]]:
         raise ValueError(f'{", ".join(other)}: the network that is given has its own')
     try: order = choose_color_order(layout, color_order)
