@@ -291,3 +291,46 @@ def test_nothing_in_a_training_state_runs(tmp_path):
 
 
 def test_the_numbers_of_imagenet_are_the_same_everywhere(): assert IMAGENET == (MEAN, STD)
+
+
+def test_files_of_the_real_trainer(tmp_path):
+    "mmengine's own Runner trains two steps, with averaged weights and a validation whose best is kept; each of its files is read."
+    mmengine = pytest.importorskip('mmengine', reason='mmengine is not among the packages of this project')
+    from mmengine.evaluator import BaseMetric
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Estimator(BaseModel):
+        def __init__(self):
+            super().__init__(data_preprocessor=None)
+            net = TopDown('resnet18', 'head').requires_grad_(True)
+            self.backbone, self.head = net.backbone, net.head
+        forward_maps = TopDown.forward
+        where = 'head'
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            maps = self.forward_maps(inputs)
+            return dict(loss_kpt=maps.square().mean()) if mode == 'loss' else list(maps)
+
+    class Score(BaseMetric):
+        def process(self, data_batch, data_samples): self.results.append(1.)
+        def compute_metrics(self, results): return dict(AP=np.mean(results))
+
+    data = dict(batch_size=2, num_workers=0, collate_fn=dict(type='default_collate'), dataset=[dict(inputs=torch.randn(3, 96, 64)) for _ in range(4)], sampler=dict(type='DefaultSampler', shuffle=False))
+    runner = Runner(
+        Estimator(), str(tmp_path), train_dataloader=data, val_dataloader=data, val_evaluator=[Score()], val_cfg=dict(), experiment_name='td-hm_res18',
+        train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=dict(optimizer=dict(type='Adam', lr=1e-3)),
+        param_scheduler=[dict(type='LinearLR', begin=0, end=2, by_epoch=False), dict(type='MultiStepLR', milestones=[1], by_epoch=True)],
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, save_best='AP', rule='greater')), custom_hooks=[dict(type='EMAHook', momentum=.5)],
+        cfg=mmengine.Config.fromstring(ONE, '.py'), log_level='ERROR')
+    runner.train()
+    files = sorted(tmp_path.glob('*.pth'))
+    assert {file.name for file in files} == {'best_AP_epoch_1.pth', 'epoch_1.pth'}
+    for file in files:
+        content = torch.load(file, weights_only=False)
+        loaded = load_original(file)
+        assert (loaded.color_order, loaded.input_size, loaded.decoder, loaded.flip_shift) == ('RGB', SIZE, 'quarter', True) and 'its configuration' in str(loaded.report)
+        plain = Estimator()
+        plain.load_state_dict(content['state_dict'])
+        x = torch.randn(1, 3, 96, 64)
+        with torch.no_grad(): same(loaded.model(x), plain.eval().forward_maps(x))
