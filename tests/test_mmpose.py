@@ -1,6 +1,10 @@
 """Files as mmpose's trainers write them, against the same network put together from torchvision and torch."""
+import argparse
 import os
+import re
+import shlex
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,3 +338,16 @@ def test_files_of_the_real_trainer(tmp_path):
         plain.load_state_dict(content['state_dict'])
         x = torch.randn(1, 3, 96, 64)
         with torch.no_grad(): same(loaded.model(x), plain.eval().forward_maps(x))
+
+
+def test_the_command_of_the_page_makes_a_bare_file(tmp_path, monkeypatch):
+    "A state that holds an object of another class is refused; what docs/weights.md says to type makes one that keeps its configuration."
+    theirs = TopDown('resnet18', 'head')
+    save_1(tmp_path / 'FILE', theirs.state_dict(), extra=dict(arguments=argparse.Namespace(a=1)))
+    with pytest.raises(ValueError, match='argparse.Namespace'): load_original(tmp_path / 'FILE')
+    command = re.search(r'^python (-c ".*")$', (Path(__file__).parent.parent / 'docs/weights.md').read_text(), re.M)[1]
+    with log_buffers():  # the command runs where mmengine is; here a stand-in has its class
+        monkeypatch.chdir(tmp_path)
+        exec(shlex.split(command)[1], {})
+    loaded = load_original(tmp_path / 'bare.pth')
+    assert (loaded.input_size, loaded.decoder) == (SIZE, 'quarter') and 'its configuration' in str(loaded.report)
