@@ -351,3 +351,15 @@ def test_the_command_of_the_page_makes_a_bare_file(tmp_path, monkeypatch):
         exec(shlex.split(command)[1], {})
     loaded = load_original(tmp_path / 'bare.pth')
     assert (loaded.input_size, loaded.decoder) == (SIZE, 'quarter') and 'its configuration' in str(loaded.report)
+
+
+def test_torch_hub_takes_it(tmp_path):
+    "hubconf.py, from a local path: the report is printed, and what a file does not say can be said."
+    theirs = TopDown('resnet18', 'head')
+    root, path = str(Path(__file__).parent.parent), save_1(tmp_path / 'epoch_210.pth', theirs.state_dict())
+    predictor = torch.hub.load(root, 'predictor', source='local', weights=path, device='cpu')
+    assert (predictor.input_size, predictor.color_order, predictor.heatmaps.decoder) == (SIZE, 'RGB', 'quarter')
+    torch.save(theirs.state_dict(), tmp_path / 'bare.pth')
+    bare = torch.hub.load(root, 'predictor', source='local', weights=tmp_path / 'bare.pth', device='cpu', input_size=SIZE, decoder='dark')
+    assert bare.heatmaps.decoder == 'dark'
+    np.testing.assert_allclose(*(predict_crops(p, list(images().numpy()))[..., 2] for p in (predictor, bare)))

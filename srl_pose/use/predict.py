@@ -33,7 +33,7 @@ from ..pose.heatmap import Heatmaps, check_input_size
 from .inference import fold_batchnorm
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet, read_keypoint_set
 from ..pose.oks import oks_nms
-from ..pose.original import Unsaid, load_original
+from ..pose.original import Unsaid, is_shared, load_original
 from .boxes import BoxesOfFile, BoxSource, boxes_from_detector, boxes_from_file, check_boxes, whole_images
 from .frames import VIDEO_ENDINGS, Frame, list_sources, read_frames, read_upright
 
@@ -60,6 +60,7 @@ def read_network(
     **unsaid,  # of `load_original`: strides, dilate, caffe, edges, norm
 ) -> tuple[nn.Module, dict]:  # and its input_size and keypoint_set (None: unknown), color_order, decoder and, where it says it, flip_shift
     "A network and what its file says of its input. `CheckpointError` for any other file, and for what it says itself."
+    if Path(weights).suffix == '.safetensors' and is_shared(Path(weights).parent): weights = Path(weights).parent
     if Path(weights).is_dir(): return read_folder(weights, color_order, unsaid)
     if not Path(weights).is_file(): raise CheckpointError(f'{weights}: no such file')
     try:
