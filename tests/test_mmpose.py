@@ -1,6 +1,10 @@
 """Files as mmpose's trainers write them, against the same network put together from torchvision and torch."""
+import argparse
 import os
+import re
+import shlex
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from srl_pose.data.coco import MEAN, STD
+from srl_pose.evaluation.evaluate import pose_heatmaps
 from srl_pose.pose.mmpose import IMAGENET
 from srl_pose.pose.original import Unsaid, load_original
 from srl_pose.pose.pose_net import PoseResNet
@@ -136,6 +141,9 @@ def save(path, theirs, change=lambda text: text):
     return save_0(path, theirs.state_dict(), change(ZERO))
 
 
+def same(found, expected): torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
 def images(): return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 96, 64), dtype=np.uint8))
 
 
@@ -195,6 +203,21 @@ def test_decoders(theirs, tmp_path, one, zero, decoder):
     assert Predictor.load(path, decoder='none', **options).heatmaps.decoder == 'none'
 
 
+@pytest.mark.parametrize('shift', [True, False])
+def test_the_mirrored_image_is_averaged_as_the_configuration_says(theirs, tmp_path, shift):
+    "With its maps shifted by a cell or not, as mmpose does: in prediction and in a measurement."
+    path = save(tmp_path / 'a.pth', theirs, lambda text: text.replace('shift_heatmap=True', f'shift_heatmap={shift}'))
+    predictor, x = Predictor.load(path, say=lambda text: None, device='cpu'), images()
+    assert predictor.heatmaps.flip_shift == shift
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    x = (x - mean) / std
+    order = [0, *(i for pair in range(1, 17, 2) for i in (pair + 1, pair))]
+    mirrored = theirs(x.flip(-1)).flip(-1)[:, order]
+    if shift: mirrored[..., 1:] = mirrored[..., :-1].clone()
+    with torch.no_grad(): found = pose_heatmaps(predictor.model, x, predictor.heatmaps, predictor.keypoint_set)
+    same(found, (theirs(x) + mirrored) / 2)
+
+
 def test_what_no_configuration_says_is_assumed(theirs, tmp_path):
     "The name has the size; and where it has not, it must be said."
     text = 'res18_coco.py\n_base_ = []'  # old files hold the name of the configuration before it
@@ -211,7 +234,7 @@ def test_colours_are_as_the_configuration_says(theirs, tmp_path):
     assert load_original(path).color_order == 'BGR'
     x, network = torch.randn(1, 3, 96, 64), PoseResNet('resnet18')
     load_start(network, path, say=lambda text: None)
-    with torch.no_grad(): torch.testing.assert_close(network.eval()(x), theirs(x.flip(1)))
+    with torch.no_grad(): same(network.eval()(x), theirs(x.flip(1)))
 
 
 @pytest.mark.parametrize('block', [None, 'fft', 'nl'])
@@ -219,7 +242,7 @@ def test_a_row_starts_from_it(theirs, tmp_path, block):
     "With the same outputs before training, and without turning colours."
     network, said, x = PoseResNet('resnet18', block=block), [], torch.randn(1, 3, 96, 64)
     load_start(network, save(tmp_path / 'epoch_210.pth', theirs), say=said.append)
-    with torch.no_grad(): torch.testing.assert_close(network.eval()(x), theirs(x))
+    with torch.no_grad(): same(network.eval()(x), theirs(x))
     assert 'mmpose' in said[0] and 'trained on RGB' in said[0] and 'BGR' not in said[0] and 'decoder quarter there' in said[0]
 
 
@@ -272,3 +295,71 @@ def test_nothing_in_a_training_state_runs(tmp_path):
 
 
 def test_the_numbers_of_imagenet_are_the_same_everywhere(): assert IMAGENET == (MEAN, STD)
+
+
+def test_files_of_the_real_trainer(tmp_path):
+    "mmengine's own Runner trains two steps, with averaged weights and a validation whose best is kept; each of its files is read."
+    mmengine = pytest.importorskip('mmengine', reason='mmengine is not among the packages of this project')
+    from mmengine.evaluator import BaseMetric
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Estimator(BaseModel):
+        def __init__(self):
+            super().__init__(data_preprocessor=None)
+            net = TopDown('resnet18', 'head').requires_grad_(True)
+            self.backbone, self.head = net.backbone, net.head
+        forward_maps = TopDown.forward
+        where = 'head'
+
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            maps = self.forward_maps(inputs)
+            return dict(loss_kpt=maps.square().mean()) if mode == 'loss' else list(maps)
+
+    class Score(BaseMetric):
+        def process(self, data_batch, data_samples): self.results.append(1.)
+        def compute_metrics(self, results): return dict(AP=np.mean(results))
+
+    data = dict(batch_size=2, num_workers=0, collate_fn=dict(type='default_collate'), dataset=[dict(inputs=torch.randn(3, 96, 64)) for _ in range(4)], sampler=dict(type='DefaultSampler', shuffle=False))
+    runner = Runner(
+        Estimator(), str(tmp_path), train_dataloader=data, val_dataloader=data, val_evaluator=[Score()], val_cfg=dict(), experiment_name='td-hm_res18',
+        train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=dict(optimizer=dict(type='Adam', lr=1e-3)),
+        param_scheduler=[dict(type='LinearLR', begin=0, end=2, by_epoch=False), dict(type='MultiStepLR', milestones=[1], by_epoch=True)],
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1, save_best='AP', rule='greater')), custom_hooks=[dict(type='EMAHook', momentum=.5)],
+        cfg=mmengine.Config.fromstring(ONE, '.py'), log_level='ERROR')
+    runner.train()
+    files = sorted(tmp_path.glob('*.pth'))
+    assert {file.name for file in files} == {'best_AP_epoch_1.pth', 'epoch_1.pth'}
+    for file in files:
+        content = torch.load(file, weights_only=False)
+        loaded = load_original(file)
+        assert (loaded.color_order, loaded.input_size, loaded.decoder, loaded.flip_shift) == ('RGB', SIZE, 'quarter', True) and 'its configuration' in str(loaded.report)
+        plain = Estimator()
+        plain.load_state_dict(content['state_dict'])
+        x = torch.randn(1, 3, 96, 64)
+        with torch.no_grad(): same(loaded.model(x), plain.eval().forward_maps(x))
+
+
+def test_the_command_of_the_page_makes_a_bare_file(tmp_path, monkeypatch):
+    "A state that holds an object of another class is refused; what docs/weights.md says to type makes one that keeps its configuration."
+    theirs = TopDown('resnet18', 'head')
+    save_1(tmp_path / 'FILE', theirs.state_dict(), extra=dict(arguments=argparse.Namespace(a=1)))
+    with pytest.raises(ValueError, match='argparse.Namespace'): load_original(tmp_path / 'FILE')
+    command = re.search(r'^python (-c ".*")$', (Path(__file__).parent.parent / 'docs/weights.md').read_text(), re.M)[1]
+    with log_buffers():  # the command runs where mmengine is; here a stand-in has its class
+        monkeypatch.chdir(tmp_path)
+        exec(shlex.split(command)[1], {})
+    loaded = load_original(tmp_path / 'bare.pth')
+    assert (loaded.input_size, loaded.decoder) == (SIZE, 'quarter') and 'its configuration' in str(loaded.report)
+
+
+def test_torch_hub_takes_it(tmp_path):
+    "hubconf.py, from a local path: the report is printed, and what a file does not say can be said."
+    theirs = TopDown('resnet18', 'head')
+    root, path = str(Path(__file__).parent.parent), save_1(tmp_path / 'epoch_210.pth', theirs.state_dict())
+    predictor = torch.hub.load(root, 'predictor', source='local', weights=path, device='cpu')
+    assert (predictor.input_size, predictor.color_order, predictor.heatmaps.decoder) == (SIZE, 'RGB', 'quarter')
+    torch.save(theirs.state_dict(), tmp_path / 'bare.pth')
+    bare = torch.hub.load(root, 'predictor', source='local', weights=tmp_path / 'bare.pth', device='cpu', input_size=SIZE, decoder='dark')
+    assert bare.heatmaps.decoder == 'dark'
+    np.testing.assert_allclose(*(predict_crops(p, list(images().numpy()))[..., 2] for p in (predictor, bare)))

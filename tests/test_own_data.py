@@ -2,13 +2,16 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from srl_pose.data.findings import CURES
+from srl_pose.pose.pose_net import PoseResNet
 from srl_pose.use.command import main
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,7 @@ def commands():
 def shell(tmp_path, monkeypatch, capsys):
     """Type a command in a folder that is in no checkout: exit status, output and error stream."""
     monkeypatch.chdir(tmp_path)
+    for extra in ('papermill', 'IPython'): monkeypatch.setitem(sys.modules, extra, None)  # the extra `train` has none
 
     def typed(line):
         name, *words = shlex.split(line)
@@ -109,6 +113,20 @@ def check_shared(shell, folder):
     assert shell('srl-pose export run/model.pt run.onnx')[0] == 0
     about = onnxruntime.InferenceSession(folder / 'run.onnx').get_modelmeta().custom_metadata_map
     assert json.loads(about['keypoint_set']) == points.plain()
+
+
+def test_training_starts_from_somebody_elses_file(shell, tmp_path):
+    """Its backbone and its size are taken from it; where nothing tells its colours, training says so before it begins."""
+    places = draw_photos(tmp_path / 'photos')
+    assert shell(f'srl-pose new-set mice --keypoints {",".join(NAMES)} --photos photos')[0] == 0
+    fill_in(tmp_path / 'mice/annotations/person_keypoints_train.json', places)
+    torch.save(dict(state_dict=PoseResNet('resnet34').state_dict()), tmp_path / 'theirs_64x96.pth')
+    line = 'srl-pose train --data mice --out run --start-from theirs_64x96.pth --block fft'
+    status, out, err = shell(line)
+    assert status == 1 and '--start-color-order of the command' in err and not out and not (tmp_path / 'run').exists()
+    status, out, err = shell(f'{line} --start-color-order BGR')
+    assert status == 0, err
+    for said in ('resnet34, input 64x96 (height x width), block fft', 'turned from BGR to RGB', 'head replaced: 17 keypoints there, 5 here', 'first is deconv_layers.3.alpha'): assert said in out, out
 
 
 @pytest.mark.parametrize('line, message', [

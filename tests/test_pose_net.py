@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from srl_pose.blocks.base import TransformBlock
 from srl_pose.pose.pose_net import BLOCKS, DECONVS, LAYERS, PoseResNet, copy_all_but_blocks
+from srl_pose.testing import randomize_pose_net
 
 SIZE = (32, 64)  # (w, h)
 OPTIONS = {'lo': {'alpha': True}}  # as released, lo is no identity at initialisation
@@ -158,3 +160,19 @@ def test_sized_blocks_refuse_other_sizes():
     model = PoseResNet('resnet18', block='lo', input_size=(32, 64))
     with pytest.raises(ValueError, match='was built for'):
         model(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('block', [None, *BLOCKS])
+def test_a_network_in_half_precision(block, dtype):
+    "With any block it gives, learns and stays near the same network in float32; the spectral ones keep their numbers."
+    model = randomize_pose_net(PoseResNet('resnet18', block=block, input_size=SIZE), SIZE).requires_grad_(True)
+    x = torch.randn(2, 3, *SIZE[::-1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): exact = model(x)
+    kept = {name: t.clone() for name, m in model.named_modules() if isinstance(m, TransformBlock) for name, t in m.named_parameters(name)}
+    reduced = model.to(dtype)
+    found = reduced(x.to(dtype))
+    assert found.dtype == dtype and (found.float() - exact).abs().max() < .06 * exact.abs().max()
+    assert all(torch.equal(t, dict(reduced.named_parameters())[name]) for name, t in kept.items())
+    reduced.train()(x.to(dtype)).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in reduced.parameters())

@@ -107,6 +107,13 @@ class TransformBlock(nn.Module):
             if self.alpha is not None: y = self.alpha * y
         return x + y.to(x.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        "What `half`, `bfloat16`, `to` and `cuda` do with each tensor: it may move, and is not rounded to half precision."
+        def move(t):
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+        return super()._apply(move, recurse)
+
 # %% ../../nbs/1_blocks/06_base.ipynb #5d801e69
 class PluggableBlock(TransformBlock):
     "A `TransformBlock` that hands its input to a fast form of the same function, if there is one for the device."

@@ -59,7 +59,7 @@ def problem_of(
 
 # %% ../../nbs/3_data/05_findings.ipynb #5f1c0a02
 FIELD_CURES = {  # what a section or a field of a file must be
-    'file': 'export again as COCO keypoints, a JSON file in UTF-8',
+    'file': 'look at that place and before it: entries have a comma between them and none after the last, texts stand in "; or export again as COCO keypoints, JSON in UTF-8',
     'images': 'one object for each picture: id, file_name, width, height',
     'annotations': 'one object for each person: id, image_id, category_id, bbox, and keypoints of which some have the flag 1 or 2',
     'categories': 'one object: id 1, name, keypoints (their names), and sigmas unless they are COCO\'s',
@@ -106,12 +106,13 @@ FINDING_CURES = {  # by kind of finding
     'same image id in both': 'nothing, if the pictures differ; other tools may mix them up',
     'box without size': 'draw the box again: [left, top, width, height]',
     'box outside the image': 'draw the box again; is image_id right?',
-    'box beyond the edge of the image': 'nothing: the box is cut off at the edge',
+    'box beyond the edge of the image': 'nothing, it is cut off at the edge; a box is left, top, width and height, not two corners',
     'person without area': 'leave area out, or write how many pixels the person covers',
     'box with nothing inside': 'draw the box again',
     'kind of area': 'nothing, if you compare only with numbers on this data set',
     'box of somebody else': 'look at both (--out draws them): the box, or the keypoints, may be another\'s',
     'visibility flag': 'flags are 0 not labelled, 1 hidden, 2 visible',
+    'place without label': 'flag 2, or 1 if it is hidden; nothing, if it is not to be learnt',
     'keypoint labelled at (0, 0)': 'flag 0 if it is not labelled',
     'keypoint far outside the image': 'flag 0, or correct x and y; are they pixels, from the top left corner?',
     'num_keypoints': 'leave it out, or count flags above 0',

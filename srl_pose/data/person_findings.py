@@ -6,12 +6,12 @@
 __all__ = ['ENOUGH', 'EXPECTED', 'PERSON_FINDINGS', 'CATEGORY_FINDINGS', 'BOX_FINDINGS', 'shown_numbers', 'People', 'read_people',
            'box_without_size', 'box_outside_the_image', 'box_beyond_the_edge', 'person_without_area',
            'box_with_nothing_inside', 'areas_unlike_coco', 'box_of_somebody_else', 'visibility_flag',
-           'keypoint_at_the_origin', 'keypoint_far_outside', 'number_of_keypoints', 'annotation_id_0', 'crowd_flag',
-           'pair_sides', 'left_right', 'left_and_right_exchanged', 'pair_exchanged', 'person_counts', 'check_persons',
-           'Categories', 'category_twice', 'category_unknown', 'category_name', 'others_with_keypoints',
-           'keypoints_without_names', 'skeleton_of_no_pairs', 'sides_without_pair', 'check_categories',
-           'covered_persons', 'Detected', 'share', 'score_outside_0_to_1', 'box_below_a_pixel', 'persons_without_box',
-           'images_without_box', 'check_boxes']
+           'place_without_label', 'keypoint_at_the_origin', 'keypoint_far_outside', 'number_of_keypoints',
+           'annotation_id_0', 'crowd_flag', 'pair_sides', 'left_right', 'left_and_right_exchanged', 'pair_exchanged',
+           'person_counts', 'check_persons', 'Categories', 'category_twice', 'category_unknown', 'category_name',
+           'others_with_keypoints', 'keypoints_without_names', 'skeleton_of_no_pairs', 'sides_without_pair',
+           'check_categories', 'covered_persons', 'Detected', 'share', 'score_outside_0_to_1', 'box_below_a_pixel',
+           'persons_without_box', 'images_without_box', 'check_boxes']
 
 # %% ../../nbs/3_data/06_person_findings.ipynb #ee64a878
 from collections import Counter
@@ -142,6 +142,12 @@ def visibility_flag(p: People) -> Iterator[Finding]:
                   f'has flags other than 0, 1, 2: {shown_numbers(p.flags[j][odd[j]][:3])} at {p.names(odd[j])}')
 
 
+def place_without_label(p: People) -> Iterator[Finding]:
+    "A keypoint has x and y, and a flag that says that it is not labelled"
+    unused = (p.flags == 0) & (p.xy != 0).any(-1)
+    return p.warn('place without label', 'keypoints', unused.any(1), lambda j: f'has x and y with the flag 0, so no label: {p.names(unused[j])}')
+
+
 def keypoint_at_the_origin(p: People) -> Iterator[Finding]:
     "A keypoint is labelled at exactly (0, 0)"
     zero = p.labelled & (p.xy == 0).all(-1)
@@ -231,7 +237,7 @@ def pair_exchanged(p: People) -> Iterator[Finding]:
 # %% ../../nbs/3_data/06_person_findings.ipynb #c4ec0018
 PERSON_FINDINGS = (
     box_without_size, box_outside_the_image, box_beyond_the_edge, person_without_area, box_with_nothing_inside, areas_unlike_coco,
-    box_of_somebody_else, visibility_flag, keypoint_at_the_origin, keypoint_far_outside, number_of_keypoints, annotation_id_0, crowd_flag, left_and_right_exchanged, pair_exchanged)
+    box_of_somebody_else, visibility_flag, place_without_label, keypoint_at_the_origin, keypoint_far_outside, number_of_keypoints, annotation_id_0, crowd_flag, left_and_right_exchanged, pair_exchanged)
 
 
 def person_counts(p: People) -> dict:

@@ -74,6 +74,7 @@ class HeatmapGrid:
     stride: int = 4  # input pixels per heatmap cell
     sigma: int | None = None  # of the Gaussian, in cells; None: 3 if the map is at least 96 high, else 2
     decoder: str = 'quarter'  # quarter, none, dark or udp, see `DECODERS`
+    flip_shift: bool | None = None  # are maps of the mirrored input moved one cell to the right, see `flip_heatmaps`? None: unless the decoder is unbiased
 
     def __post_init__(self):
         object.__setattr__(self, 'input_size', check_input_size(self.input_size))
@@ -84,6 +85,7 @@ class HeatmapGrid:
         if self.decoder not in DECODERS: raise ValueError(f'decoder: {self.decoder!r} must be one of {", ".join(DECODERS)}')
         if self.unbiased and min(self.size) < 2:
             raise ValueError(f'decoder: {self.decoder!r} needs maps of at least 2 x 2 cells, not {self.size}')
+        if self.flip_shift is None: object.__setattr__(self, 'flip_shift', not self.unbiased)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,11 +102,6 @@ class HeatmapGrid:
     def unbiased(self) -> bool:
         "Does the decoder need UDP's lengths, in the warp of the crops too?"
         return DECODERS[self.decoder].unbiased
-
-    @property
-    def flip_shift(self) -> bool:
-        "Must maps of the mirrored input be moved one cell to the right? See `flip_heatmaps`"
-        return not self.unbiased
 
 # %% ../../nbs/2_pose/03_heatmap.ipynb #a1ac6488
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Curves:
         try:
             from dvclive import Live
         except ModuleNotFoundError:
-            raise ModuleNotFoundError('dvclive keeps the curves of a training run: pip install "srl_pose[pipeline]"') from None
+            raise ModuleNotFoundError('dvclive keeps the curves of a training run: pip install "srl_pose[train]"') from None
 
         shutil.rmtree(Path(folder) / 'tensorboard', ignore_errors=True)
         self.live = Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None)

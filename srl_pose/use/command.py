@@ -181,7 +181,8 @@ def add_train(commands) -> None:
     command = commands.add_parser('train', help='train on a folder of your own data', argument_default=argparse.SUPPRESS)
     command.add_argument('--data', required=True, metavar='FOLDER', help='with annotations/ and images/; srl-pose new-set writes one, check looks at it')
     command.add_argument('--out', required=True, metavar='FOLDER', help='for model.pt, curves and a page of predictions; called again, training goes on')
-    command.add_argument('--start-from', metavar='FILE', help="a trained network, ours or the original's; it brings backbone, size and block")
+    command.add_argument('--start-from', metavar='FILE', help="a trained network, ours, of Simple Baselines or of mmpose; it brings backbone, size and block")
+    command.add_argument('--start-color-order', choices=('RGB', 'BGR'), help='of the images that it was trained on, where nothing in it tells')
     command.add_argument('--block', help='fft, lo, dct, nl, cgnl, a2, cc, or none (default: none, or that of --start-from)')
     command.add_argument('--block-after', type=listed, metavar='A,B,…', help='places of blocks (default: deconv1,deconv2,deconv3)')
     command.add_argument('--backbone', help='resnet18, 34, 50, 101, 152 (default: resnet18, or that of --start-from)')
@@ -210,7 +211,7 @@ def add_evaluate(commands) -> None:
     "`srl-pose evaluate`"
     command = commands.add_parser('evaluate', help="measure a network on a folder: COCO's numbers and PCK")
     command.add_argument('--data', required=True, metavar='FOLDER', help='with annotations/ and images/')
-    command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original or of Simple Baselines')
+    command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original, of Simple Baselines or of mmpose, or a shared folder')
     command.add_argument('--split', help='(default: val, val2017, or train)')
     command.add_argument('--boxes', default='gt', metavar='FILE', help="a detector's boxes, relative to the folder (default: the annotated ones)")
     command.add_argument('--out', metavar='FOLDER', help="for results in COCO's form, and metrics.json for srl-pose share")
@@ -291,8 +292,11 @@ def add_check_row(commands) -> None:
 
 def run_check_row(options: argparse.Namespace) -> None:
     from srl_pose.experiment.params import load_experiment
+    from srl_pose.training.checkpoint import check_start
 
-    load_experiment(options.row).check_data()
+    experiment = load_experiment(options.row)
+    check_start(experiment)
+    experiment.check_data()
 
 # %% ../../nbs/6_use/08_command.ipynb #19a0c002
 def add_stage(commands) -> None:

@@ -31,7 +31,7 @@ from ..pose.heatmap import Heatmaps, check_input_size
 from .inference import fold_batchnorm
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet, read_keypoint_set
 from ..pose.oks import oks_nms
-from ..pose.original import Unsaid, load_original
+from ..pose.original import Unsaid, is_shared, load_original
 from .boxes import BoxesOfFile, BoxSource, boxes_from_detector, boxes_from_file, check_boxes, whole_images
 from .frames import VIDEO_ENDINGS, Frame, list_sources, read_frames, read_upright
 from .outputs import Outputs, Poses, Stop
@@ -57,8 +57,9 @@ def read_network(
     say: Callable[[str], None] = print,  # is told what is assumed of a checkpoint of the original
     color_order: str | None = None,  # RGB or BGR, where it is known better
     **unsaid,  # of `load_original`: strides, dilate, caffe, edges, norm
-) -> tuple[nn.Module, dict]:  # and its input_size and keypoint_set (None: unknown), color_order and decoder
+) -> tuple[nn.Module, dict]:  # and its input_size and keypoint_set (None: unknown), color_order, decoder and, where it says it, flip_shift
     "A network and what its file says of its input. `CheckpointError` for any other file, and for what it says itself."
+    if Path(weights).suffix == '.safetensors' and is_shared(Path(weights).parent): weights = Path(weights).parent
     if Path(weights).is_dir(): return read_folder(weights, color_order, unsaid)
     if not Path(weights).is_file(): raise CheckpointError(f'{weights}: no such file')
     try:
@@ -75,7 +76,7 @@ def read_network(
     except ValueError as theirs:
         raise CheckpointError(f'{weights}: neither a checkpoint of srl_pose ({ours}) nor one of the original ({theirs})') from None
     say(f'{weights}: {found.report}')
-    return found.model, dict(input_size=found.input_size, color_order=found.color_order, decoder=found.decoder, keypoint_set=None)
+    return found.model, dict(input_size=found.input_size, color_order=found.color_order, decoder=found.decoder, flip_shift=found.flip_shift, keypoint_set=None)
 
 # %% ../../nbs/6_use/04_predict.ipynb #ca346a70
 def check_network(
@@ -145,7 +146,7 @@ class Predictor:
             raise CheckpointError(f'{weights}: decoder: {known["decoder"]}, which nothing here reads: say the closest of {", ".join(DECODERS)}')
         points = known['keypoint_set'] or COCO_KEYPOINTS
         size = check_network(model, weights, known['input_size'], points)
-        return cls.of(model.to(device), Heatmaps(size, stride=model.stride, decoder=known['decoder']), points, known['color_order'])
+        return cls.of(model.to(device), Heatmaps(size, stride=model.stride, decoder=known['decoder'], flip_shift=known.get('flip_shift')), points, known['color_order'])
 
     @property
     def device(self) -> torch.device:

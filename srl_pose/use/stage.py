@@ -149,7 +149,11 @@ def work_of(
 
         e = load_experiment(**values) if values else next(iter(load_experiments().values()))
         folder = dict(measure=e.folder().parent / 'measured', table=e.folder()).get(name, e.run_folder())
-        if name == 'train': e.check_data()
+        if name == 'train':
+            from srl_pose.training.checkpoint import check_start
+
+            check_start(e)
+            e.check_data()
         if name == 'evaluate': e.metrics_file().parent.mkdir(parents=True, exist_ok=True)
         os.chdir(project_root())
         executed = (folder / f'{values["row"] if name == "measure" else name}.ipynb').relative_to(project_root())
