@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'code_version', 'library_version', 'provenance', 'imports_of', 'modules_behind', 'without_words',
-           'write_code']
+           'code_digest', 'write_code']
 
 # %% ../../nbs/4_training/03_provenance.ipynb #717e8f0e
 import ast
+import hashlib
+import json
 import platform
 import shutil
 import subprocess
@@ -126,6 +128,19 @@ def without_words(
 ) -> str:  # source of a module that does the same
     "Python source without comments, docstrings and layout: it changes only where the code does."
     return ast.unparse(_NoWords().visit(ast.parse(source))) + '\n'
+
+# %% ../../nbs/4_training/03_provenance.ipynb #e27c5e66
+def code_digest(
+    *modules: str,  # such as 'training.train'
+    without: Iterable[str] = (),  # of `modules_behind`
+) -> str:
+    "Of the versions of torch and OpenCV, and of all code behind these modules; comments and docstrings are no code."
+    import cv2
+    import torch  # not at the top: the list of code must not wait for torch
+
+    files = modules_behind(*modules, without=without)
+    code = [(name, without_words(files[name].read_text(encoding='utf-8'))) for name in sorted(files)]
+    return hashlib.sha256(json.dumps([torch.__version__, cv2.__version__, code]).encode()).hexdigest()
 
 # %% ../../nbs/4_training/03_provenance.ipynb #bd028886
 def write_code(
