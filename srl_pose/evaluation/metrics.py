@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'Code', 'Provenance', 'Training', 'EvaluationSettings', 'Draws', 'RunMetrics', 'weights_digest',
-           'evaluation_code', 'collect_metrics', 'write_metrics', 'read_section', 'OtherParameters', 'read_metrics']
+           'evaluation_code', 'collect_metrics', 'write_metrics', 'read_section', 'OtherParameters', 'flat',
+           'read_metrics']
 
 # %% ../../nbs/4_training/06_metrics.ipynb #eb819bc2
 import functools
@@ -51,7 +52,7 @@ class Training(Section):
     processes: int
     interruptions: int
     start_sha256: str | None  # of the file with weights that training started from
-    shares: list[tuple[int, int]] | None = None  # (processes, persons at once in each) that it was computed with, since a BatchNorm sees no more; None in older files
+    shares: list[list[int]] | None = None  # [processes, persons at once in each] that it was computed with, since a BatchNorm sees no more; None in files that are older than this field
     parameters_sha256: str | None = None  # of the run's `identity`: parameters, annotation files, code; likewise
     data_sha256: str | None = None
     code_sha256: str | None = None
@@ -193,15 +194,18 @@ class OtherParameters(DataError):
     "A metrics file that is in order, but of a run with other parameters than are asked for."
 
 
-def _flat(values, prefix=''):
-    "Leaves of nested mappings by dotted name"
+def flat(
+    values: object,  # nested mappings, or one of their leaves
+    prefix: str = '',  # of its name
+) -> dict[str, object]:
+    "Leaves of nested mappings by dotted name."
     if not isinstance(values, dict): return {prefix: values}
-    return {k: v for name, value in values.items() for k, v in _flat(value, f'{prefix}.{name}' if prefix else name).items()}
+    return {k: v for name, value in values.items() for k, v in flat(value, f'{prefix}.{name}' if prefix else name).items()}
 
 
 def _check_parameters(metrics: RunMetrics, experiment: Experiment) -> None:
     "`OtherParameters` naming the first that differs"
-    here, there = _flat(experiment.model_dump(mode='json', include=PARAMETERS)), _flat(as_today(metrics.parameters))
+    here, there = flat(experiment.model_dump(mode='json', include=PARAMETERS)), flat(as_today(metrics.parameters))
     different = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     if different:
         name = different[0]
