@@ -233,7 +233,7 @@ def load_trained(
     if names := _differences(parameters(experiment), parameters(trained)):
         said, now = (functools.reduce(lambda part, key: (part or {}).get(key), names[0].split('.'), e.model_dump(mode='json')) for e in (trained, experiment))
         more = f' (and {len(names) - 1} more)' if names[1:] else ''
-        raise CheckpointError(f'{path}: {names[0]}: these weights were trained with {said!r}, the experiment says {now!r}{more}: '
+        raise CheckpointError(f'{path}: {names[0]}: these weights were trained with {said!r}, params.yaml says {now!r}{more}: '
                               f'train them again (`dvc repro train@{experiment.run}`), or put the old value back')
     return model, summary
 
