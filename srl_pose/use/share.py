@@ -120,7 +120,7 @@ def configuration(
                 input=dict(size=list(m.input_size), color_order='RGB', decoder=m.decoder),
                 keypoints=points.plain())
 
-# %% ../../nbs/6_use/07_share.ipynb #adc4147c
+# %% ../../nbs/6_use/07_share.ipynb #adc4147a
 def check_metrics(
     metrics: RunMetrics,
     content: dict,  # of `read_checkpoint`
@@ -140,7 +140,7 @@ def check_metrics(
         if here.get(name) != there.get(name):
             raise CheckpointError(f'{checkpoint}: {name}: is {here.get(name)!r}, the metrics are of {there.get(name)!r}: evaluate this checkpoint (`srl-pose evaluate --out`)')
 
-
+# %% ../../nbs/6_use/07_share.ipynb #adc4147c
 def share(
     checkpoint: str | Path,  # of ours
     folder: str | Path,  # to write
