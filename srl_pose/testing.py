@@ -155,13 +155,14 @@ def invented_run(
     "A run of an experiment, with these scores; its blocks stand after the deconvolutions and learned little."
     places = ('deconv_layers.3', 'deconv_layers.7', 'deconv_layers.11') if experiment.model.block else ()
     learned = dict(alpha=dict.fromkeys(places, 0.01) if experiment.model.block in ('fft', 'dct') else {}, residual_ratio=dict.fromkeys(places, 0.002))
-    boxes = dict(boxes=experiment.evaluate.boxes, box_file='boxes.json', box_sha256='0' * 64, num_boxes=104125)
+    boxes = dict(boxes=experiment.evaluate.boxes, box_file='boxes.json', box_sha256='0' * 64, num_boxes=104125, annotation_sha256='4' * 64)
     return dict(
         set=experiment.set, recipe=experiment.recipe, row=experiment.name, seed=experiment.train.seed, scores=scores,
         intervals=dict(AP=(0.1, 0.2)), draws=dict(images='0', seed=0, AP=list(draws), PCK=None), params=1, flops=1,
         parameters=experiment.model_dump(mode='json', include={'data', 'model', 'train', 'evaluate'}),
-        training=dict(epochs=210, seconds=7200.0, samples_per_second=1.0, processes=8, interruptions=0, start_sha256=None, provenance=NOWHERE, **learned),
-        evaluation=dict(boxes, images=5000, persons=6352, flip_test=True, decoder='quarter', warnings=[]), provenance=NOWHERE)
+        training=dict(epochs=210, seconds=7200.0, samples_per_second=1.0, processes=8, interruptions=0, start_sha256=None, provenance=NOWHERE, **learned,
+                      shares=[[8, 32]], parameters_sha256='1' * 64, data_sha256='2' * 64, code_sha256='3' * 64),
+        evaluation=dict(boxes, images=5000, persons=6352, flip_test=True, decoder='quarter', warnings=[]), provenance=NOWHERE, code_sha256='5' * 64, weights_sha256='6' * 64)
 
 
 def invented_cost(
@@ -172,4 +173,6 @@ def invented_cost(
     cost = dict(set=experiment.set, row=experiment.name, model=experiment.model.model_dump(mode='json'), params=34_102_612, flops=5_520_000_000,
                 published_gflops=9.08, seconds_alone=0.1, seconds_in_batch=0.05, ratio_alone=1.02, ratio_in_batch=1.01, batch=32, training_memory=10 ** 9,
                 training_persons=4, threads=2, provenance=NOWHERE)
+    quiet = dict(rounds=60, load=1.5, processors=2, cpu_share=0.95)  # a machine that did nothing else
+    cost |= dict(alone=quiet | dict(seconds=(0.099, 0.101), ratio=(1.015, 1.025)), in_batch=quiet | dict(seconds=(0.049, 0.051), ratio=(1.008, 1.012)))
     return cost | changes

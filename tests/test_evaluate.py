@@ -146,9 +146,10 @@ def test_settings_are_stated(val):
     evaluation = evaluate(Model(), val, flip_test=False, confidence_threshold=0.3, nms_threshold=0.8, color_order='BGR')
     settings = evaluation.settings
     file = 'annotations/person_keypoints_val.json'
+    digest = hashlib.sha256((val.root / file).read_bytes()).hexdigest()
     assert settings == dict(
         split='val', annotation_file=file, images=len(set(val.image_id.tolist())), persons=len(val), area='stand-in', area_over_box=[.53] * 3,
-        boxes='gt', box_file=file, box_sha256=hashlib.sha256((val.root / file).read_bytes()).hexdigest(), num_boxes=len(val),
+        boxes='gt', box_file=file, box_sha256=digest, annotation_sha256=digest, num_boxes=len(val),
         results=len(evaluation.results), input_size=[96, 128],
         flip_test=False, flip_shift=False, decoder='quarter', confidence_threshold=0.3, nms_threshold=0.8,
         color_order='BGR', warnings=[])

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ..data.annotations import AreaKind, area_kind, for_cocoeval, read_annotations
-from .bootstrap import Matches, Resampled, bootstrap, bootstrap_share
+from .bootstrap import DRAWS, Matches, Resampled, bootstrap, bootstrap_share
 from ..data.coco import CocoPersons, normalize
 from ..pose.crops import keypoints_to_image
 from ..files import write_json
@@ -243,12 +243,12 @@ class Evaluation:
 # %% ../../nbs/4_training/04_evaluate.ipynb #241d879e
 def _data_settings(dataset: CocoPersons) -> dict:
     "Which persons, in which boxes; images and persons are counted later"
-    file = dataset.annotation_file
+    file, digest = dataset.annotation_file, lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
     box_file = file if dataset.boxes == 'gt' else dataset.root / dataset.boxes
     return dict(
-        split=dataset.split, annotation_file=file.relative_to(dataset.root).as_posix(), images=None, persons=None,
+        split=dataset.split, annotation_file=file.relative_to(dataset.root).as_posix(), annotation_sha256=digest(file), images=None, persons=None,
         boxes='gt' if dataset.boxes == 'gt' else 'detector', box_file=box_file.relative_to(dataset.root).as_posix(),
-        box_sha256=hashlib.sha256(box_file.read_bytes()).hexdigest(), num_boxes=len(dataset))
+        box_sha256=digest(box_file), num_boxes=len(dataset))
 
 # %% ../../nbs/4_training/04_evaluate.ipynb #2ea9d3f0
 def _numbers(dataset, keypoints, results, resamples):
@@ -277,7 +277,7 @@ def evaluate(
     device: str | torch.device | None = None,  # moves the model there (default: stay where it is)
     workers: int = 0,  # processes that load crops
     color_order: str = 'RGB',  # that the network expects: RGB, or BGR as checkpoints of the original do
-    resamples: int = 300,  # of `bootstrap`
+    resamples: int = DRAWS,  # of `bootstrap`
 ) -> Evaluation:
     "Predict, rescore, remove duplicates and run COCOeval; warns where a result on COCO val2017 is not comparable"
     for name, value in (('confidence_threshold', confidence_threshold), ('nms_threshold', nms_threshold)):

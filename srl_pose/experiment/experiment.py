@@ -196,12 +196,12 @@ def find_device(
 
 # %% ../../nbs/4_training/01_experiment.ipynb #f1713ff2
 class MachineParams(Section):
-    "What this machine offers; no result may depend on it."
+    "What this machine offers. Results depend on `processes` and `persons_at_once` alone, through BatchNorm."
     device: Literal['auto', 'cpu', 'cuda'] = 'auto'  # auto: a GPU if there is one; or cpu, cuda
     processes: Positive | Literal['auto'] = 'auto'  # training processes: one per GPU, on a CPU one
     workers: Annotated[int, Field(ge=0)] | Literal['auto'] = 'auto'  # loading processes per training process
     image_cache_gb: Annotated[float, Field(ge=0)] = 0.  # keep decoded images of a split in outputs/image_cache if they take at most so many GB; 0: never
-    persons_at_once: Positive | Literal['auto'] = 'auto'  # that fit into the memory of a process; the gradients of more are accumulated
+    persons_at_once: Positive | Literal['auto'] = 'auto'  # that fit into the memory of a process; the gradients of more are accumulated, and BatchNorm sees no more
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 300.  # at most so long, about, from one checkpoint to the next
     checkpoint_steps: Positive | None = None  # and at most so many optimiser steps
     restarts: Annotated[int, Field(ge=0)] = 2  # times that dead training processes are started again

@@ -13,12 +13,12 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
 
-from .compare import Difference, Row, against_baselines, baseline_of
+from .compare import Difference, Row, against_baselines, baseline_of, what_differs
 from ..evaluation.evaluate import METRICS
 from ..pose.heatmap import show_size
 from .published import TABLES, Published, published
@@ -52,14 +52,17 @@ class Line:
     row: Row
     paper: Published | None  # of the same network
     baseline: Row | None
-    more: dict[str, Difference]  # by score: than its baseline; empty where one of them was not run
+    more: dict[str, Difference]  # by score: than its baseline; empty where one of them was not run, or more than the block differs
+    differs: list[str] = field(default_factory=list)  # from its baseline, beside the block, see `what_differs`
 
 
 def lines_of(rows: list[Row]) -> list[Line]:
     "The rows of a page with what belongs to them; baselines are looked for among these rows."
     found = {score: against_baselines(rows, score) for score in SCORES}
-    return [Line(row, published(row.experiment), baseline_of(row, rows),
-                 {score: more[row.name][1] for score, more in found.items() if row.name in more}) for row in rows]
+    baselines = {row.name: baseline_of(row, rows) for row in rows}
+    return [Line(row, published(row.experiment), control := baselines[row.name],
+                 {score: more[row.name][1] for score, more in found.items() if row.name in more},
+                 what_differs(row, control) if control and row.runs and control.runs else []) for row in rows]
 
 # %% ../../nbs/5_results/05_table.ipynb #750bbdb8
 def _nothing(line: Line) -> str: return ''
@@ -155,7 +158,7 @@ def _claimed(line: Line) -> float | None:
 
 def _comparison(score: str) -> list[Column]:
     "Of AP or PCK"
-    def absent(line): return '' if score in line.more else 'not run' if line.baseline else '–'
+    def absent(line): return '' if score in line.more else 'not comparable' if line.differs else 'not run' if line.baseline else '–'
     return [
         Column(f'{score}_claimed', 'paper', lambda line: _claimed(line) if score == 'AP' else None, _signed, ''),
         Column(f'{score}_difference', 'ours', lambda line: line.more[score].value, _signed, absent=absent),
@@ -197,22 +200,30 @@ def _cost(name: str, header: str, show: Callable[[Any], str], key: str = '') -> 
     return Column(key or name, header, lambda line: getattr(line.row.measured, name), show, absent=_not_measured)
 
 
+def _time(name: str, header: str, show: Callable[[Any], str]) -> Column:
+    def absent(line): return _not_measured(line) or ('–, machine busy' if line.row.measured.busy(name) else '')
+    return replace(_cost(name, header, show), absent=absent)
+
+
 COST = [
     Column('training_seconds', 'hours trained', lambda line: statistics.mean(run.training.seconds for run in line.row.runs.values()), hours_text, absent=_not_run),
     Column('params', 'params (M)', _with_added('params', 1e6), _show_added(1e6), absent=_not_measured),
     _cost('flops', 'true GFLOPs', lambda flops: f'{flops / 1e9:.2f}'),
     Column('published_gflops', "GFLOPs, paper's convention", _with_added('published_gflops', 1), _show_added(1), absent=_not_measured),
-    _cost('seconds_alone', 'ms per image, alone', lambda s: f'{1e3 * s:.1f}'),
-    _cost('ratio_alone', 'for the block', _more),
-    _cost('seconds_in_batch', 'in a batch', lambda s: f'{1e3 * s:.1f}'),
-    _cost('ratio_in_batch', 'for the block', _more),
+    _time('seconds_alone', 'ms per image, alone', lambda s: f'{1e3 * s:.1f}'),
+    _time('ratio_alone', 'for the block', _more),
+    _time('seconds_in_batch', 'in a batch', lambda s: f'{1e3 * s:.1f}'),
+    _time('ratio_in_batch', 'for the block', _more),
     _cost('training_memory', 'GB to train', lambda memory: f'{memory / 1e9:.2f}'),
     Column('device', 'device', lambda line: line.row.measured.provenance.device, absent=_not_measured),
 ]
 
 # %% ../../nbs/5_results/05_table.ipynb #b7dd92b4
 def _relative(name: str, header: str) -> Column:
-    def absent(line): return _not_measured(line) or ('–' if line.baseline is None else '' if line.baseline.measured else 'not measured')
+    def absent(line):
+        if (reason := _not_measured(line)) or line.baseline is None: return reason or '–'
+        if not (base := line.baseline.measured): return 'not measured'
+        return 'other machine' if name == 'training_memory' and base.machine != line.row.measured.machine else ''
     return Column(f'{name}_ratio', header, lambda line: getattr(line.row.measured, name) / getattr(line.baseline.measured, name), _more, '', absent)
 
 
@@ -285,7 +296,7 @@ def difference_table(page: Page) -> str | None:
     for score in SCORES:
         shown = [Column('score', 'score', lambda line, score=score: score, left=True),
                  *columns(f'row compared_with {score}_claimed {score}_difference {score}_images {score}_both {score}_certain')]
-        cells += [[c.text(line) for c in shown] for line in lines if score in line.more or score == 'AP' and _claimed(line) is not None]
+        cells += [[c.text(line) for c in shown] for line in lines if score in line.more or line.differs or score == 'AP' and _claimed(line) is not None]
     return markdown_table(shown, cells) if cells else None
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'LOOK_EVERY', 'loading_options', 'check_share', 'Data', 'first_network', 'Learner', 'Standing',
-           'find_for_all', 'Run', 'continue_from', 'shares_text', 'learn', 'checkpoint_planned', 'look_due',
-           'all_losses', 'check_finite', 'measure_validation', 'keep_best', 'close_epoch', 'summary_of',
+           'find_for_all', 'Run', 'continue_from', 'largest_part', 'shares_text', 'learn', 'checkpoint_planned',
+           'look_due', 'all_losses', 'check_finite', 'measure_validation', 'keep_best', 'close_epoch', 'summary_of',
            'measure_ratios', 'save', 'finish', 'fit', 'train', 'main']
 
 # %% ../../nbs/4_training/12_train.ipynb #0b133986
@@ -153,6 +153,7 @@ class Standing:
     seconds: float = 0.0  # of training, in earlier calls
     interruptions: int = 0
     best: float = -1.0  # score of the best weights: average precision, or accuracy
+    shares: list[list[int]] = field(default_factory=list)  # processes, and persons at once in each: what BatchNorm has seen so far, in order
     history: list[dict[str, float]] = field(default_factory=list)  # measures of each epoch
 
     @classmethod
@@ -160,7 +161,7 @@ class Standing:
         cls,
         training: dict,  # that part of a checkpoint
     ) -> 'Standing':
-        return cls(**{f.name: training[f.name] for f in fields(cls)})
+        return cls(**{f.name: training[f.name] for f in fields(cls) if f.name in training})
 
 # %% ../../nbs/4_training/12_train.ipynb #a55e883e
 def find_for_all(
@@ -201,6 +202,7 @@ class Run:
         self.losses = torch.zeros(self.data.steps, device=self.learner.device)  # of this epoch's steps, this process's part
         self.at = Standing.of(found['training']) if found else Standing()
         if found: continue_from(self, found)
+        if (share := [self.world, largest_part(self)]) not in self.at.shares: self.at.shares.append(share)
         self.say(shares_text(self))
         self.watch = Watch(experiment, out, self.data.steps, done=self.at.epoch * self.data.steps + self.at.step,
                            history=self.at.history, first=self.rank == 0)
@@ -226,12 +228,17 @@ def continue_from(run: Run, content: dict) -> None:
     run.say(f'continuing at epoch {at.epoch + 1}, step {at.step + 1} of {run.data.steps}')
 
 
+def largest_part(run: Run) -> int:
+    "Persons of a batch that this process computes at once, at most."
+    return max(len(persons) for persons, _ in run.data.batches.parts(0))
+
+
 def shares_text(run: Run) -> str:
     "How the batch is shared."
     parts, p = run.data.batches.parts(0), run.p
     return (f'{len(run.data.train_set)} persons, {run.data.steps} steps per epoch; {p.batch_size} persons per step: {run.world} '
             f'process{"es" if run.world > 1 else ""} × {len(parts)} part{"s" if len(parts) > 1 else ""} of at most '
-            f'{max(len(persons) for persons, _ in parts)}; learning rate {p.rate_text()} for the whole batch')
+            f'{largest_part(run)}; learning rate {p.rate_text()} for the whole batch')
 
 # %% ../../nbs/4_training/12_train.ipynb #e813d7cf
 def learn(
@@ -336,7 +343,8 @@ def summary_of(run: Run) -> dict:
     return dict(
         epochs=at.epoch, seconds=seconds, samples_per_second=at.seen / seconds, loss=last.get('train_loss'), **measured,
         best=at.best, processes=run.world, interruptions=at.interruptions, seconds_of=run.watch.times,
-        start_sha256=run.identity['start'], alpha=alphas_of(run.learner.update.weights), provenance=provenance(run.learner.device))
+        shares=at.shares, **{f'{name}_sha256': digest for name, digest in run.identity.items()},
+        alpha=alphas_of(run.learner.update.weights), provenance=provenance(run.learner.device))
 
 # %% ../../nbs/4_training/12_train.ipynb #2b10a101
 def measure_ratios(run: Run) -> dict[str, float]:
