@@ -8,13 +8,14 @@ __all__ = ['LIBRARIES', 'code_version', 'library_version', 'provenance', 'import
 
 # %% ../../nbs/4_training/03_provenance.ipynb #717e8f0e
 import ast
+import functools
 import hashlib
 import json
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -70,18 +71,21 @@ def _file_of(module: str) -> Path | None:
     return next((file for file in (base.with_suffix('.py'), base / '__init__.py') if file.is_file()), None)
 
 # %% ../../nbs/4_training/03_provenance.ipynb #3a0c1598
+@functools.cache
 def _imported_names(
     source: str,  # of a module
-    package: list[str],  # that the module is in: names, from the outside
-) -> Iterator[str]:
+    package: tuple[str, ...],  # that the module is in: names, from the outside
+) -> frozenset[str]:
     "Full names of all that may be imported, wherever in the source"
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names)
+            names |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             outside = package[:len(package) + 1 - node.level] if node.level else []
             start = '.'.join([*outside, *filter(None, [node.module])])
-            yield from (start, *(f'{start}.{a.name}' for a in node.names))
+            names |= {start, *(f'{start}.{a.name}' for a in node.names)}
+    return frozenset(names)
 
 # %% ../../nbs/4_training/03_provenance.ipynb #885b4696
 def imports_of(
@@ -90,8 +94,8 @@ def imports_of(
     "The modules of this package that a module imports, at the top or inside functions, each with the packages that it is in."
     file = _file_of(module)
     inside = [name for name in module.split('.') if name]
-    package = ['srl_pose', *(inside if file.name == '__init__.py' else inside[:-1])]
-    names = set(_imported_names(file.read_text(encoding='utf-8'), package))
+    package = ('srl_pose', *(inside if file.name == '__init__.py' else inside[:-1]))
+    names = _imported_names(file.read_text(encoding='utf-8'), package)
     found = {name.removeprefix('srl_pose.') for name in names if name.startswith('srl_pose.')}
     found |= {name.rpartition('.')[0] for name in found} | {module.rpartition('.')[0]}
     return {name for name in found if name and name != module and _file_of(name)}
@@ -123,6 +127,7 @@ class _NoWords(ast.NodeTransformer):
         return node
 
 
+@functools.cache
 def without_words(
     source: str,  # of a module
 ) -> str:  # source of a module that does the same

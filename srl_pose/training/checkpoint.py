@@ -6,7 +6,7 @@
 __all__ = ['LOOK_ON', 'READ', 'CHECKPOINT_FORMAT', 'OTHER_CODE', 'training_code', 'read_by_training', 'parameters', 'identity',
            'CheckpointError', 'save_checkpoint', 'read_checkpoint', 'fill', 'build_from', 'load_checkpoint',
            'random_state', 'set_random_state', 'misfit', 'load_trained', 'set_aside', 'stands_at', 'find_training',
-           'only_writer', 'other_transforms', 'Start', 'read_start', 'load_start']
+           'only_writer', 'other_transforms', 'Start', 'read_start', 'load_start', 'check_start']
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #4b7b1e00
 import fcntl
@@ -385,7 +385,7 @@ def read_start(
         return Start(content['model'], 'RGB', usual | {name: options[name] for name in usual.keys() & options}, '', True)
     layout = recognise(opened)
     try: order = choose_color_order(layout, color_order)
-    except Unsaid as error: raise CheckpointError(f'{path}: train.start_{error}') from None
+    except Unsaid as error: raise CheckpointError(f'{path}: train.start_{error} (--start-color-order of the command)') from None
     told = ', '.join(f'{name} {layout.said[name]} there' for name in ('decoder', 'caffe') if layout.said.get(name))
     words = (f', {layout.name} ({layout.why}), ' + ('turned from BGR to RGB' if order == 'BGR' else 'trained on RGB') + ', with strides and style of this experiment'
              + (told and f' ({told})') + (f'; taken out of {opened.around}' if opened.around else ''))
@@ -411,3 +411,12 @@ def load_start(
         + (f'; fft blocks: {differ}{" (assumed)" * (not start.ours)}' if differ else '')
         + (f'; head replaced: {len(start.state["final_layer.bias"])} keypoints there, {len(model.final_layer.bias)} here' if head else '')
         + (f'; {len(new)} tensors start new, the first is {new[0]}' if new else ''))
+
+# %% ../../nbs/4_training/09_checkpoint.ipynb #845cbaa0
+def check_start(
+    experiment: Experiment,  # of which the data are there
+) -> None:
+    "Before long work: `CheckpointError` for a file to start from that is none, does not tell its colours or does not fit."
+    file = experiment.train.start_from and experiment.start_file()
+    if file and file.is_file():  # one that is missing may be made yet; `check_data` says so
+        load_start(experiment.build_model(pretrained=False), file, color_order=experiment.train.start_color_order, say=lambda text: None)

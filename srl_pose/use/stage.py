@@ -261,10 +261,10 @@ NEEDED = ('papermill', 'dvc.repo', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 
 def look_ahead() -> None:
     "Do what every stage begins with: a fork remembers which parameters are right and what the code is."
     from srl_pose.experiment.params import load_experiments
-    from srl_pose.training.checkpoint import code_digest
+    from srl_pose.training.checkpoint import training_code
 
     load_experiments()
-    code_digest()
+    training_code()
 
 
 def serve_stages(
