@@ -107,6 +107,7 @@ CONTENDERS = {  # name -> the block's short name and options
     'dct': ('dct', {}),
     'nl': ('nl', {}),
     'a2': ('a2', {}),
+    'fft-ortho-1': ('fft', dict(norm='ortho')),  # α starts at 1, not at 0
 }
 
 
@@ -120,6 +121,7 @@ def make_network(
     size = (SIZE[0] // STRIDE, SIZE[1] // STRIDE)
     kind = CONTENDERS[contender]
     block = nn.Identity() if kind is None else build_block(kind[0], CHANNELS, size=size, options=kind[1])
+    if contender.endswith('-1'): nn.init.ones_(block.alpha)
     before = nn.Sequential(layer(3, 8, 2), layer(8, CHANNELS, 2), layer(CHANNELS, CHANNELS, 2), layer(CHANNELS, CHANNELS, 1))
     after = nn.Sequential(layer(CHANNELS, CHANNELS, 1), layer(CHANNELS, CHANNELS, 1), nn.Conv2d(CHANNELS, 1, 1))
     return nn.Sequential(before, block, after).to(memory_format=torch.channels_last)
@@ -152,7 +154,7 @@ def told_right(
     found = answers(network, pictures)
     return ((found > 0).double() + 0.5 * (found == 0)).mean().item()
 
-# %% ../../nbs/7_sample/03_reach.ipynb #483ed659
+# %% ../../nbs/7_sample/03_reach.ipynb #4db76927
 @dataclass(frozen=True)
 class Settings:
     "Of all trainings in a folder."
@@ -187,7 +189,7 @@ def train(
         losses.append(loss.item())
     return network.eval(), float(np.mean(losses[-max(1, settings.steps // 10):]))
 
-# %% ../../nbs/7_sample/03_reach.ipynb #ad9e933c
+# %% ../../nbs/7_sample/03_reach.ipynb #572aba75
 REACHES = (32, *DISTANCES[1:])  # rows from the wrists' cells
 
 
@@ -211,7 +213,7 @@ def learned_reach(
     distance = (torch.arange(SIZE[0]) - STRIDE * cells[:, :1, 1]).abs()  # (N, H)
     return [((rows * (distance >= reach)).sum(1) / rows.sum(1).clamp(min=1e-30)).mean().item() for reach in reaches]
 
-# %% ../../nbs/7_sample/03_reach.ipynb #80242ede
+# %% ../../nbs/7_sample/03_reach.ipynb #13699164
 def one_run(
     contender: str,  # one of `CONTENDERS`
     seed: int,
@@ -229,7 +231,7 @@ def one_run(
                 **{f'right_{distance}': told_right(network, pictures) for distance, pictures in unseen.items()},
                 **{f'reach_{reach}': share for reach, share in zip(REACHES, learned_reach(network, every))})
 
-# %% ../../nbs/7_sample/03_reach.ipynb #31c467d0
+# %% ../../nbs/7_sample/03_reach.ipynb #d96b08c4
 def read_runs(folder: Path) -> list[dict]:
     "Lines of runs.csv; none if there is no such file."
     if not (folder / 'runs.csv').exists(): return []
@@ -268,7 +270,7 @@ def run_all(
             print(*(f'{k} {v:.3f}' if isinstance(v, float) else v for k, v in lines[-1].items()), flush=True)
     return lines
 
-# %% ../../nbs/7_sample/03_reach.ipynb #731467e8
+# %% ../../nbs/7_sample/03_reach.ipynb #7dee7992
 def interval(values: Sequence[float]) -> tuple[float, float]:
     "Mean over the seeds, and half the width of its 95 % interval."
     n = len(values)
@@ -295,7 +297,7 @@ def plot_reach(
     axes[0].legend(fontsize=7, ncols=2)
     return figure
 
-# %% ../../nbs/7_sample/03_reach.ipynb #da001a0e
+# %% ../../nbs/7_sample/03_reach.ipynb #8d211fa3
 def main(args: list[str] | None = None) -> None:
     "The command `python -m srl_pose.sample.reach`."
     parser = argparse.ArgumentParser(prog='python -m srl_pose.sample.reach', description='Which wrist is the left one, if the head is far away?')
