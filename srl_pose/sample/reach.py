@@ -32,9 +32,9 @@ from .figure import Figure, Look, Pose, make_figure, random_look
 from .scenes import Scene, render
 from ..timing import device_name
 
-# %% ../../nbs/7_sample/03_reach.ipynb #0588da7c
-SIZE, STRIDE = (256, 40), 8  # (H, W) of a picture; pixels per cell of the map in which the block stands
-DISTANCES = (24, 56, 80, 104, 128)  # rows between the wrists and the centre of the head
+# %% ../../nbs/7_sample/03_reach.ipynb #f519c8e2
+SIZE, STRIDE = (128, 20), 4  # (H, W) of a picture; pixels per cell of the map in which the block stands
+DISTANCES = (12, 28, 40, 52, 64)  # rows between the wrists and the centre of the head
 FOREARMS, HEAD_FROM = [1, 2, 8, 9], 38  # rows of a figure's cones: elbow to wrist to hand, left and right; the head's begin here
 
 
@@ -64,10 +64,10 @@ def twins(
 ) -> tuple[np.ndarray, np.ndarray]:  # images (2, H, W, 3) uint8 RGB: front, back; (2, 2, 2) their left and right wrist (x, y)
     "The same person from the front and from behind; only the heads differ."
     (h, w), look, glance = SIZE, random_look(rng), (rng.uniform(-35, 35), rng.uniform(-10, 18))
-    x, scale, horizon, noise = w / 2 + rng.uniform(-3, 3), rng.uniform(80, 100), h * rng.uniform(0.25, 0.75), rng.integers(2**32)
+    x, scale, horizon, noise = w / 2 + rng.uniform(-1.5, 1.5), rng.uniform(40, 50), h * rng.uniform(0.25, 0.75), rng.integers(2**32)
     mirrored_from_head = 0
-    while abs(mirrored_from_head) < 52:
-        y = rng.uniform(distance + 16, h - 16)
+    while abs(mirrored_from_head) < 26:
+        y = rng.uniform(distance + 8, h - 8)
         mirrored_from_head = (h - y) - (y - distance)
     figures = [stretched(front, look, glance, (x, y), distance, scale) for front in (True, False)]
     scenes = [Scene((w, h), horizon, [figure], np.zeros((0, 8)), np.zeros((0, 3))) for figure in figures]
@@ -101,19 +101,19 @@ def draw_pictures(
 CHANNELS = 16
 CONTENDERS = {  # name -> the block's short name and options
     'none': None,
+    'nl': ('nl', {}),
+    'a2': ('a2', {}),
     'fft': ('fft', {}),  # as released: norm 'backward'
     'fft-ortho': ('fft', dict(norm='ortho')),  # the unitary pair of the paper's text
     'lo': ('lo', {}),
     'dct': ('dct', {}),
-    'nl': ('nl', {}),
-    'a2': ('a2', {}),
     'fft-ortho-1': ('fft', dict(norm='ortho')),  # α starts at 1, not at 0
 }
 
 
 def make_network(
     contender: str,  # one of `CONTENDERS`
-) -> nn.Sequential:  # of three parts: before, block, after; images (B, 3, H, W) -> (B, 1, H/8, W/8)
+) -> nn.Sequential:  # of three parts: before, block, after; images (B, 3, H, W) -> (B, 1, H/4, W/4)
     "Tells how much each cell is a left wrist."
     def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
@@ -122,7 +122,7 @@ def make_network(
     kind = CONTENDERS[contender]
     block = nn.Identity() if kind is None else build_block(kind[0], CHANNELS, size=size, options=kind[1])
     if contender.endswith('-1'): nn.init.ones_(block.alpha)
-    before = nn.Sequential(layer(3, 8, 2), layer(8, CHANNELS, 2), layer(CHANNELS, CHANNELS, 2), layer(CHANNELS, CHANNELS, 1))
+    before = nn.Sequential(layer(3, 8, 2), layer(8, CHANNELS, 2), layer(CHANNELS, CHANNELS, 1))
     after = nn.Sequential(layer(CHANNELS, CHANNELS, 1), layer(CHANNELS, CHANNELS, 1), nn.Conv2d(CHANNELS, 1, 1))
     return nn.Sequential(before, block, after).to(memory_format=torch.channels_last)
 
@@ -159,11 +159,11 @@ def told_right(
 class Settings:
     "Of all trainings in a folder."
     distances: tuple[int, ...] = DISTANCES  # px
-    pairs: int = 1500  # twins to train on
-    test_pairs: int = 100  # twins for each distance
-    steps: int = 400
+    pairs: int = 1200  # twins to train on
+    test_pairs: int = 60  # twins for each distance
+    steps: int = 300
     batch: int = 64  # pictures
-    rate: float = 5e-3  # the highest learning rate
+    rate: float = 1e-2  # the highest learning rate
 
 
 def train(
@@ -189,8 +189,8 @@ def train(
         losses.append(loss.item())
     return network.eval(), float(np.mean(losses[-max(1, settings.steps // 10):]))
 
-# %% ../../nbs/7_sample/03_reach.ipynb #572aba75
-REACHES = (32, *DISTANCES[1:])  # rows from the wrists' cells
+# %% ../../nbs/7_sample/03_reach.ipynb #a725d1e7
+REACHES = (16, *DISTANCES[1:])  # rows from the wrists' cells
 
 
 @torch.no_grad()
@@ -287,11 +287,11 @@ def plot_reach(
         of_block = [line for line in lines if line['block'] == block]
         for ax, prefix in zip(axes, ('right_', 'reach_')):
             keys = [key for key in lines[0] if key.startswith(prefix)]
-            x = np.array([int(key.removeprefix(prefix)) for key in keys]) + (number - len(blocks) / 2) * 0.9  # side by side
+            x = np.array([int(key.removeprefix(prefix)) for key in keys]) + (number - len(blocks) / 2) * 0.45  # side by side
             mean, half = np.array([interval([line[key] for line in of_block]) for key in keys]).T
             ax.errorbar(x, mean, half, fmt='o-', ms=3, lw=1, capsize=2, label=block, color='0.4' if block == 'none' else f'C{number - 1}')
     axes[0].axhline(0.5, color='0.7', lw=0.8, ls=':')
-    for ax in axes: ax.axvline(31, color='0.7', lw=0.8)
+    for ax in axes: ax.axvline(15, color='0.7', lw=0.8)
     axes[0].set(xlabel='rows from the wrists to the head', ylabel='wrists told right', ylim=(0.4, 1.02))
     axes[1].set(xlabel='at least so many rows from the wrists', ylabel='share of the gradient', ylim=(-0.02, 1))
     axes[0].legend(fontsize=7, ncols=2)
