@@ -159,10 +159,10 @@ def told_right(
 class Settings:
     "Of all trainings in a folder."
     distances: tuple[int, ...] = DISTANCES  # px
-    pairs: int = 1200  # twins to train on
+    pairs: int = 1000  # twins to train on
     test_pairs: int = 60  # twins for each distance
     steps: int = 300
-    batch: int = 64  # pictures
+    batch: int = 32  # pairs
     rate: float = 1e-2  # the highest learning rate
 
 
@@ -180,7 +180,8 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=settings.steps, pct_start=0.1)
     losses = []
     for _ in range(settings.steps):
-        chosen = torch.randint(len(pictures), (settings.batch,), generator=generator)
+        front = 2 * torch.randint(len(pictures) // 2, (settings.batch,), generator=generator)
+        chosen = torch.cat((front, front + 1))
         loss = F.softplus(-answers(network, pictures, chosen)).mean()
         optimizer.zero_grad()
         loss.backward()
