@@ -107,7 +107,6 @@ CONTENDERS = {  # name -> the block's short name and options
     'fft-ortho': ('fft', dict(norm='ortho')),  # the unitary pair of the paper's text
     'lo': ('lo', {}),
     'dct': ('dct', {}),
-    'fft-ortho-1': ('fft', dict(norm='ortho')),  # α starts at 1, not at 0
 }
 
 
@@ -121,7 +120,6 @@ def make_network(
     size = (SIZE[0] // STRIDE, SIZE[1] // STRIDE)
     kind = CONTENDERS[contender]
     block = nn.Identity() if kind is None else build_block(kind[0], CHANNELS, size=size, options=kind[1])
-    if contender.endswith('-1'): nn.init.ones_(block.alpha)
     before = nn.Sequential(layer(3, 8, 2), layer(8, CHANNELS, 2), layer(CHANNELS, CHANNELS, 1))
     after = nn.Sequential(layer(CHANNELS, CHANNELS, 1), layer(CHANNELS, CHANNELS, 1), nn.Conv2d(CHANNELS, 1, 1))
     return nn.Sequential(before, block, after).to(memory_format=torch.channels_last)
