@@ -293,7 +293,7 @@ def plot_reach(
     for ax in axes: ax.axvline(15, color='0.7', lw=0.8)
     axes[0].set(xlabel='rows from the wrists to the head', ylabel='wrists told right', ylim=(0.4, 1.02))
     axes[1].set(xlabel='at least so many rows from the wrists', ylabel='share of the gradient', ylim=(-0.02, 1))
-    axes[0].legend(fontsize=7, ncols=2)
+    axes[1].legend(fontsize=7, ncols=2)
     return figure
 
 # %% ../../nbs/7_sample/03_reach.ipynb #8d211fa3
