@@ -15,7 +15,7 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from .annotations import Columns
 from .images import ArchiveImages, FolderImages
-from ..files import (IMAGE_FORMATS, DataError, ImageMissing, Problem, check_whole, complaint_in, decode_heard, decode_image, error_stream_kept,
+from ..files import (IMAGE_FORMATS, DataError, ImageMissing, Problem, check_whole, decode_heard, decode_image, error_stream_kept,
                             open_photograph, shown)
 
 # %% ../../nbs/3_data/05_findings.ipynb #9459e5d9

@@ -10,7 +10,6 @@ __all__ = ['TOPS', 'Row', 'measured_file', 'read_row', 'baseline_of', 'check_com
 import functools
 import itertools
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
