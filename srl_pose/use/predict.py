@@ -111,18 +111,18 @@ class Predictor:
     heatmaps: Heatmaps  # reads the maps
     keypoint_set: KeypointSet = COCO_KEYPOINTS
     color_order: str = 'RGB'  # of the images that the network expects, RGB or BGR
+    precision: str = 'float32'  # that the network computes in, and by which program: see `with_precision`
+    runtime: str = 'torch'
 
     @classmethod
     def of(
         cls,
         model: nn.Module,  # changed: from now on it is for inference
         heatmaps: Heatmaps,  # reads its maps
-        keypoint_set: KeypointSet = COCO_KEYPOINTS,
-        color_order: str = 'RGB',
+        keypoint_set: KeypointSet = COCO_KEYPOINTS, color_order: str = 'RGB',
     ) -> 'Predictor':
         "Make a network fast: BatchNorm folded, channels last."
-        model = model.eval().requires_grad_(False)
-        fold_batchnorm(model)
+        fold_batchnorm(model := model.eval().requires_grad_(False))
         return cls(model.to(memory_format=torch.channels_last), heatmaps.input_size, heatmaps, keypoint_set, color_order)
 
     @classmethod
@@ -505,18 +505,22 @@ def predict_command(
     pictures: bool = True,
     limit: int | None = None,  # frames, such as of a camera
     device: str | None = None,
+    precision: str = 'float32', runtime: str = 'torch', calibrate: str | None = None,  # these three: of `choose_precision`
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     **unsaid,  # of `Predictor.load`
 ) -> int:  # images that could not be used; 1 if the boxes are of none of them
     "Poses in images and videos, written into a folder."
+    from srl_pose.use.precision import choose_precision, say_precision  # which need this module
+
     files = list_sources(sources)
     points = read_keypoint_set(keypoints) if keypoints else None
     predictor = Predictor.load(weights, input_size=input_size, color_order=color_order, decoder=decoder, keypoint_set=points, device=device,
                                say=say, **unsaid)
     if flip_test: predictor.keypoint_set.check_flip(keypoints or weights)
     source = choose_boxes(boxes, detector, detector_weights, box_threshold, predictor.device)
+    predictor, frames, calibrated = choose_precision(predictor, itertools.islice(read_frames(files), limit), source, precision, runtime, calibrate, say)
     outputs, broken, persons = Outputs(out, predictor.keypoint_set, pictures=pictures, threshold=threshold), 0, 0
-    frames = itertools.islice(read_frames(files), limit)
+    computed = say_precision(predictor, out, calibrated)
     countable = not any(isinstance(f, int) or Path(f).suffix.lower() in VIDEO_ENDINGS for f in files)
     try:
         found = predict_frames(predictor, frames, source, flip_test=flip_test, batch_size=batch_size, keep_images=pictures)
@@ -527,5 +531,5 @@ def predict_command(
     finally:
         outputs.close()
     if unmatched := none_matched(source, outputs.count): say(f'error: {boxes}: {unmatched}')
-    say(f'images: {outputs.count} ({broken} broken), persons: {persons}; {out}/results.json, results.csv' + (', pictures' if pictures else ''))
+    say(f'images: {outputs.count} ({broken} broken), persons: {persons}; {computed}; {out}/results.json, results.csv' + (', pictures' if pictures else ''))
     return broken or bool(unmatched)
