@@ -202,13 +202,13 @@ def benchmark_accuracy(
     "What lower precision costs, with flip test."
     full, rows = Predictor.load(weights, device='cpu'), []
     dataset = CocoPersons(data, split, input_size=full.input_size, unbiased=full.heatmaps.unbiased)
-    crops = [dataset[i]['image'].numpy() for i in range(len(dataset))]
+    crops = [dataset[i]['image'].numpy() for i in range(min(64, len(dataset)))]
     want = predict_crops(full, crops)
     for (precision, runtime), predictor in choices(full, crops[:16]).items():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that a few pictures of COCO are not all
             ap = evaluate(predictor.model, dataset, heatmaps=full.heatmaps).metrics['AP']
-        rows.append(dict(precision=precision, runtime=runtime, AP=ap, persons=len(crops)) | keypoint_shift(predict_crops(predictor, crops), want))
+        rows.append(dict(precision=precision, runtime=runtime, AP=ap, persons=len(dataset)) | keypoint_shift(predict_crops(predictor, crops), want))
     return rows
 
 # %% ../../nbs/8_benchmarks/04_predict.ipynb #63db6000
@@ -238,13 +238,15 @@ def benchmark_choices(
     split: str,
     out: Path,  # folder for precisions.csv, accuracy.csv and machine.json
     *,
+    weights: str | None = None,  # of `Predictor.load`; None: a small network learns the split by heart
     rounds: int,
     program: str,  # the command line's first words
 ) -> None:
     "Speed of precisions and runtimes with the paper's network, accuracy with a small one."
     persons = CocoPersons(data, split, input_size=(192, 256))
     tables = dict(precisions=benchmark_precisions([persons[i]['image'].numpy() for i in range(16)], rounds=rounds))
-    with tempfile.TemporaryDirectory() as folder: tables['accuracy'] = benchmark_accuracy(learn_by_heart(data, split, Path(folder)), data, split)
+    with tempfile.TemporaryDirectory() as folder:
+        tables['accuracy'] = benchmark_accuracy(weights or learn_by_heart(data, split, Path(folder)), data, split)
     write_benchmark(out, tables, program=program)
 
 # %% ../../nbs/8_benchmarks/04_predict.ipynb #294ab512
@@ -257,8 +259,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument('--rounds', type=int, default=5, help='how often each contender runs')
     parser.add_argument('--no-compile', dest='compiled', action='store_false', help='leave torch.compile out')
     parser.add_argument('--only-precisions', action='store_true', help='only precisions and runtimes, some minutes')
+    parser.add_argument('--weights', help='a trained network, to see what precisions cost it (default: a small one learns the split by heart, in minutes)')
     options = parser.parse_args(args)
-    benchmark_choices(options.data, options.split, options.out / 'precisions', rounds=2 * options.rounds, program=parser.prog)
+    benchmark_choices(options.data, options.split, options.out / 'precisions', weights=options.weights, rounds=2 * options.rounds, program=parser.prog)
     if options.only_precisions: return
     images = crowded_images(options.data, options.split)
     tables = dict(prediction=[row for backbone, size in NETWORKS
