@@ -96,7 +96,7 @@ def _openvino(file: str, precision: str) -> Callable[[np.ndarray], np.ndarray]:
         raise RuntimeError(f'OpenVINO was asked for {precision} and took {took.get_type_name()}')
     return lambda x: compiled(x)[0]
 
-
+# %% ../../nbs/6_use/11_precision.ipynb #31571d4b
 class RuntimeNet(nn.Module):
     "A network in another runtime. `ModuleNotFoundError` without it."
 

@@ -154,7 +154,7 @@ class Seen:
         "Steps from end to end."
         return Scale.between(0.0 if relu else self.low, self.high)
 
-
+# %% ../../nbs/6_use/10_quantized.ipynb #714a72f2
 @torch.inference_mode()
 def look(
     model: PoseResNet,  # with BatchNorm folded
@@ -229,9 +229,11 @@ class _Way:
         to = None if floats else self.seen[name].scale(relu)
         self.add(QuantizedConv(conv, self.seen[name].shape, self.at, to, relu=relu), to)
 
-
+# %% ../../nbs/6_use/10_quantized.ipynb #795183c9
 class _Function(nn.Module):
-    def __init__(self, function): super().__init__(); self.forward = function  # noqa: E702
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 class QuantizedPoseNet(nn.Sequential):
@@ -255,8 +257,9 @@ class QuantizedPoseNet(nn.Sequential):
             else: way.add(piece := QuantizedResidual(part, name, way.seen, way.at), piece.after)
         parts = [(f'deconv_layers.{n}', m) for n, m in model.deconv_layers.named_children() if not isinstance(m, (nn.ReLU, nn.Identity))]
         for i, (name, part) in enumerate(parts):
-            if name in way.blocks: way.block(part, name); continue  # noqa: E702
-            way.conv(as_convolution(part), name, floats=i + 1 < len(parts) and parts[i + 1][0] in way.blocks)
-            way.add(_Function(interleave), way.at)
+            if name in way.blocks: way.block(part, name)
+            else:
+                way.conv(as_convolution(part), name, floats=i + 1 < len(parts) and parts[i + 1][0] in way.blocks)
+                way.add(_Function(interleave), way.at)
         way.conv(model.final_layer, 'final_layer', relu=False, floats=True)
         return cls(*way.pieces)
