@@ -173,7 +173,7 @@ def test_torch_hub_finds_the_block():
 
 
 EXTRAS = ('dvc', 'dvclive', 'papermill', 'jupyterlab', 'notebook', 'ipykernel', 'IPython', 'nbformat', 'nbdev', 'fastcore', 'execnb', 'onnx', 'onnxruntime', 'onnxscript',
-          'huggingface_hub', 'safetensors', 'timm', 'pytest', 'tensorboard')
+          'huggingface_hub', 'openvino', 'safetensors', 'timm', 'pytest', 'tensorboard')
 
 
 def test_the_package_needs_none_of_the_extras():

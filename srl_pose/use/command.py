@@ -92,6 +92,9 @@ def add_predict(commands) -> None:
     command.add_argument('--no-pictures', dest='pictures', action='store_false', help='write results only, draw nothing')
     command.add_argument('--limit', type=at_least(1), help='stop after so many images or frames')
     command.add_argument('--device', help='such as cpu or cuda:1 (default: a GPU if there is one)')
+    command.add_argument('--precision', choices=('float32', 'bfloat16', 'int8'), default='float32', help='of the network on a processor that can (default: float32)')
+    command.add_argument('--runtime', choices=('torch', 'onnxruntime', 'openvino'), default='torch', help='program that runs it (default: torch)')
+    command.add_argument('--calibrate', metavar='FOLDER', help='pictures that int8 is calibrated with (default: the first ones of the input)')
     command.set_defaults(run=run_predict)
 
 

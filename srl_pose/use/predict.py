@@ -111,18 +111,18 @@ class Predictor:
     heatmaps: Heatmaps  # reads the maps
     keypoint_set: KeypointSet = COCO_KEYPOINTS
     color_order: str = 'RGB'  # of the images that the network expects, RGB or BGR
+    precision: str = 'float32'  # that the network computes in, and by which program: see `with_precision`
+    runtime: str = 'torch'
 
     @classmethod
     def of(
         cls,
         model: nn.Module,  # changed: from now on it is for inference
         heatmaps: Heatmaps,  # reads its maps
-        keypoint_set: KeypointSet = COCO_KEYPOINTS,
-        color_order: str = 'RGB',
+        keypoint_set: KeypointSet = COCO_KEYPOINTS, color_order: str = 'RGB',
     ) -> 'Predictor':
         "Make a network fast: BatchNorm folded, channels last."
-        model = model.eval().requires_grad_(False)
-        fold_batchnorm(model)
+        fold_batchnorm(model := model.eval().requires_grad_(False))
         return cls(model.to(memory_format=torch.channels_last), heatmaps.input_size, heatmaps, keypoint_set, color_order)
 
     @classmethod
@@ -349,13 +349,14 @@ def outcome(
     outputs: Outputs,  # closed
     stop: Stop,
     images: int | None,  # that were asked for; None: nobody knows
+    computed: str,  # precision and runtime, in words
 ) -> Iterator[str]:
     "How far a run came, and what it found."
     if stop.number: yield f'stopped by {stop.name} after {outputs.images} images' + (f' of {images}' if images else '') + '; what was found by then is written'
     if outputs.pictures and outputs.persons and outputs.highest <= outputs.threshold:
         yield f'no keypoint has a confidence above {outputs.threshold:g}, the highest is {outputs.highest:.2g}: pictures show no skeleton (--threshold)'
     files = ', '.join(['results.json', 'results.csv', 'results.jsonl', *['pictures'] * outputs.pictures])
-    yield f'images: {outputs.images} ({outputs.broken} broken), persons: {outputs.persons}; {outputs.folder}/{files}'
+    yield f'images: {outputs.images} ({outputs.broken} broken), persons: {outputs.persons}; {computed}; {outputs.folder}/{files}'
 
 # %% ../../nbs/6_use/04_predict.ipynb #4020f134
 def predict_command(
@@ -376,27 +377,33 @@ def predict_command(
     pictures: bool = True,
     limit: int | None = None,  # frames, such as of a camera
     device: str | None = None,
+    precision: str = 'float32', runtime: str = 'torch', calibrate: str | None = None,  # these three: of `choose_precision`
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     **unsaid,  # of `Predictor.load`
 ) -> int:  # exit status: 1 if an image or an entry of the boxes could not be used, or the boxes are of no image; 128 and the signal's number if one came
     "Poses in images and videos, written into a folder."
+    from srl_pose.use.precision import choose_precision, say_precision  # which need this module
+
     files = list_sources(sources, say)
     points = read_keypoint_set(keypoints) if keypoints else None
     predictor = Predictor.load(weights, input_size=input_size, color_order=color_order, decoder=decoder, keypoint_set=points, device=device,
                                say=say, **unsaid)
     if flip_test: predictor.keypoint_set.check_flip(keypoints or weights)
     source = choose_boxes(boxes, detector, detector_weights, box_threshold, predictor.device)
-    with Stop() as stop, Outputs(out, predictor.keypoint_set, pictures=pictures, threshold=threshold, sources=files) as outputs:
-        for text in about_boxes(source): say(text)
-        if outputs.removed: say(f'{out}: removed what an earlier run had written: {outputs.removed}')
+    with Stop() as stop:
         frames = stop.until(itertools.islice(read_frames(files), limit))
-        found = predict_frames(predictor, frames, source, flip_test=flip_test, batch_size=batch_size, keep_images=pictures)
-        countable = not any(isinstance(f, int) or Path(f).suffix.lower() in VIDEO_ENDINGS for f in files)
-        asked = min(len(files), limit or len(files)) if countable else limit
-        for poses in tqdm(found, desc='images', unit='', total=asked, disable=None):
-            outputs.add(poses)
-            if poses.error: say(f'error: {poses.error}')
-    for text in outcome(outputs, stop, asked): say(text)
+        predictor, frames, calibrated = choose_precision(predictor, frames, source, precision, runtime, calibrate, say)
+        with Outputs(out, predictor.keypoint_set, pictures=pictures, threshold=threshold, sources=files) as outputs:
+            for text in about_boxes(source): say(text)
+            if outputs.removed: say(f'{out}: removed what an earlier run had written: {outputs.removed}')
+            computed = say_precision(predictor, out, calibrated)
+            found = predict_frames(predictor, frames, source, flip_test=flip_test, batch_size=batch_size, keep_images=pictures)
+            countable = not any(isinstance(f, int) or Path(f).suffix.lower() in VIDEO_ENDINGS for f in files)
+            asked = min(len(files), limit or len(files)) if countable else limit
+            for poses in tqdm(found, desc='images', unit='', total=asked, disable=None):
+                outputs.add(poses)
+                if poses.error: say(f'error: {poses.error}')
+    for text in outcome(outputs, stop, asked, computed): say(text)
     unmatched = not stop.number and none_matched(source, outputs.images)
     if unmatched: say(f'error: {boxes}: {unmatched}')
     if stop.number: return 128 + stop.number
