@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import mistune
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..experiment.experiment import Experiment
 from ..experiment.params import load_experiments
@@ -233,4 +234,14 @@ def publish(
         for file in filter(Path.exists, files):
             copy = project_root() / 'results' / file.relative_to(project_root() / 'outputs')
             with whole_file(copy) as partial: partial.write_bytes(file.read_bytes())
-    return write_pages(params, next(iter(experiments.values())).folder('results') / 'tables', ('results',))
+    first = next(iter(experiments.values()))
+    if first.set == 'sample': _publish_predictions([e for e in experiments.values() if e.model.block] or [first])
+    return write_pages(params, first.folder('results') / 'tables', ('results',))
+
+
+def _publish_predictions(rows: list[Experiment]) -> None:
+    "The page of predictions of the first run that is there, smaller."
+    pages = (e.with_seed(seed).run_folder() / 'curves/plots/images/predictions.png' for e in rows for seed in e.seeds)
+    if not (page := next(filter(Path.exists, pages), None)): return
+    with Image.open(page) as picture, whole_file(rows[0].folder('results') / 'predictions.jpg') as partial:
+        picture.convert('RGB').save(partial, format='jpeg', quality=85)
