@@ -20,5 +20,8 @@ def external() -> Path:
 
 @pytest.fixture
 def sample_row() -> dict:
-    "The row fft of the sample as plain values, to be changed into the experiment of a test."
-    return load_set('sample')['fft'].model_dump()
+    "The row fft of the sample as plain values, to be changed into the experiment of a test: a whole ResNet-18, from random numbers, at a plain rate."
+    row = load_set('sample')['fft'].model_dump()
+    row['model'] |= dict(last_layer='layer4', block_after=('deconv1', 'deconv2', 'deconv3'), decoder='quarter', weights=None)
+    row['train'] |= dict(learning_rate=1.5e-3, schedule='step')
+    return row

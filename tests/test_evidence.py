@@ -142,11 +142,11 @@ def test_evaluation_refuses_weights_of_another_experiment(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     folder = experiment.run_folder()
     folder.mkdir(parents=True)
-    save_checkpoint(folder / 'model.pt', experiment.build_model(), experiment, {})
+    save_checkpoint(folder / 'model.pt', experiment.build_model(pretrained=False), experiment, {})
     assert load_trained(folder / 'model.pt', experiment)[1] == {}
     monkeypatch.setattr('srl_pose.experiment.params.load_experiment', lambda row, seed: changed(experiment, 'train', epochs=9))
     cells = [''.join(c['source']) for c in json.loads((ROOT / 'nbs/stages/evaluate.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
-    with pytest.raises(CheckpointError, match=r'model\.pt: train\.epochs: these weights were trained with 4, params.yaml says 9: .*dvc repro train@none-0'):
+    with pytest.raises(CheckpointError, match=r'model\.pt: train\.epochs: these weights were trained with 3, params.yaml says 9: .*dvc repro train@none-0'):
         exec('\n'.join(cells), {})
     assert not experiment.metrics_file().exists()
 

@@ -33,7 +33,7 @@ def test_a_few_real_persons_are_learned_by_heart(external, tmp_path, sample_row)
     values = sample_row
     values['data'] = dict(root=str(tmp_path / 'data'), train='train', val='val', detections=None)
     values['model'] |= dict(input_size=(192, 256))
-    values['train'] |= dict(epochs=5, batch_size=4, learning_rate=1e-3, warmup_epochs=1, lr_steps=(4,))
+    values['train'] |= dict(epochs=5, batch_size=4, learning_rate=1e-3, warmup_epochs=1, schedule='step', lr_steps=(4,))
     values['train']['augmentation'] = dict(scale=0.0, rotation=0.0, rotation_probability=0.0, flip_probability=0.0)
     values['evaluate'] |= dict(boxes='gt', flip_test=False)
     values['machine'] |= dict(processes=1, workers=0)

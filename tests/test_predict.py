@@ -53,7 +53,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has(weights, tmp_path, number, stat
     """Lines are there while it runs, and after the signal every file is whole; nothing is left of the run before."""
     out, pictures = tmp_path / 'out', sorted((SAMPLE / 'images/val').iterdir())
     assert main(['predict', str(pictures[0]), '--weights', weights, '--out', str(out), *SIZE]) == 0
-    assert {file.name for file in out.iterdir()} == {'results.json', 'results.csv', 'results.jsonl', 'pictures'}
+    assert {file.name for file in out.iterdir()} == {'about.json', 'results.json', 'results.csv', 'results.jsonl', 'pictures'}
     process = started('predict', *pictures[1:] * 50, '--weights', weights, '--out', out, '--batch-size', '2', *SIZE)
     until = time.monotonic() + 120
     while not any(line['file_name'] != str(pictures[0]) for line in lines_of(out)):
@@ -81,7 +81,7 @@ def test_a_film_does_not_become_its_own_drawing(weights, tmp_path, monkeypatch):
     for _ in range(2):
         assert main(['predict', 'film.mp4', '--weights', weights, '--out', '.', *SIZE]) == 0
         assert Path('film.mp4').read_bytes() == content
-        assert {file.name for file in Path('.').iterdir()} == {'film.mp4', 'film-2.mp4', 'results.json', 'results.csv', 'results.jsonl'}
+        assert {file.name for file in Path('.').iterdir()} == {'film.mp4', 'film-2.mp4', 'about.json', 'results.json', 'results.csv', 'results.jsonl'}
 
 
 def hole_in(data):
