@@ -184,7 +184,7 @@ def _all_circumstances(rows: list[Row]) -> dict[str, dict[str, str | None]]:  # 
 def what_differs(
     row: Row,
     control: Row,
-) -> list[str]:  # such as 'train.epochs: 4 (none-0) against 9 (fft-0)'; empty: nothing that is recorded
+) -> list[str]:  # such as 'train.epochs: 3 (none-0) against 9 (fft-0)'; empty: nothing that is recorded
     "What differs beside the block, between the runs of a row and those of its baseline or among them."
     found = _all_circumstances([control, row])
     texts = []
