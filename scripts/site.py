@@ -103,7 +103,7 @@ def results_pages() -> list[dict]:
         target.write_text(linked(page.read_text()))
         title = re.match(r'# (.+)', page.read_text())
         nav.append({title[1] if title else page.stem: str(target.relative_to(DOCS))})
-    for picture in [*(ROOT / 'results').rglob('*.png'), *(ROOT / 'results').rglob('*.csv'), *(ROOT / 'results').rglob('*.json')]:
+    for picture in (file for kind in ('png', 'jpg', 'csv', 'json') for file in (ROOT / 'results').rglob(f'*.{kind}')):
         target = DOCS / picture.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
