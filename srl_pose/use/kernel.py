@@ -53,6 +53,10 @@ def serve(
     os.setsid()
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((nothing, log, log)): os.dup2(file, number)
+    if threads := os.environ.pop('SRL_POSE_THREADS', ''):
+        import torch
+
+        torch.set_num_threads(int(threads))
     from ipykernel.kernelapp import IPKernelApp
 
     sys.argv = sys.argv[:1]  # a kernel that starts processes is asked for its own options

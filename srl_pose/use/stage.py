@@ -138,22 +138,31 @@ def _make_room(executed: Path, tell: Callable[[Path], None]) -> None:
     tell(executed)
 
 # %% ../../nbs/6_use/14_stage.ipynb #6da40578
+def _check(e) -> int:  # exit status
+    from srl_pose.training.checkpoint import check_start
+
+    check_start(e)
+    e.check_data()
+    return 0
+
+
 def work_of(
     name: str,  # of the stage
     values: dict,  # row and seed, those that are given
 ) -> Callable:  # for `child`
     "What a stage does."
     def work(tell):
+        import torch
+
         from srl_pose.experiment.params import load_experiment, load_experiments
         from srl_pose.files import project_root
 
+        os.environ['SRL_POSE_THREADS'] = str(torch.get_num_threads())  # for the kernel
+        torch.set_num_threads(1)  # OpenMP's threads, once started here, would be missing in its fork, which waits for them
+
         e = load_experiment(**values) if values else next(iter(load_experiments().values()))
         folder = dict(measure=e.folder().parent / 'measured', table=e.folder()).get(name, e.run_folder())
-        if name == 'train':
-            from srl_pose.training.checkpoint import check_start
-
-            check_start(e)
-            e.check_data()
+        if name == 'train' and in_a_fork(lambda _: _check(e)): return 1  # threads of OpenMP, once started here, would be missing in the kernel's fork
         if name == 'evaluate': e.metrics_file().parent.mkdir(parents=True, exist_ok=True)
         os.chdir(project_root())
         executed = (folder / f'{values["row"] if name == "measure" else name}.ipynb').relative_to(project_root())
@@ -261,10 +270,15 @@ NEEDED = ('papermill', 'dvc.repo', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 
 def look_ahead() -> None:
     "Do what every stage begins with: a fork remembers which parameters are right and what the code is."
     from srl_pose.experiment.params import load_experiments
+    import torch
+
     from srl_pose.training.checkpoint import training_code
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in `work_of`
     load_experiments()
     training_code()
+    torch.set_num_threads(threads)
 
 
 def serve_stages(
