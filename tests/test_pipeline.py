@@ -25,7 +25,7 @@ STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
 MODULES = sorted('.'.join(p.relative_to(ROOT / 'srl_pose').with_suffix('').parts).removesuffix('.__init__')
                  for p in (ROOT / 'srl_pose').rglob('*.py') if p.stem != '_modidx' and p.parent / p.stem != ROOT / 'srl_pose' / '__init__')
 # from the ground up; modules right in srl_pose are the ground, and the appendices stand on the blocks that they make faster
-FLOORS = ['', 'blocks', 'blocks.cpu', 'blocks.gpu', 'pose', 'data', 'experiment', 'evaluation', 'training', 'results', 'use', 'sample', 'benchmarks']
+FLOORS = ['', 'blocks', 'blocks.cpu', 'blocks.gpu', 'pose', 'data', 'experiment', 'evaluation', 'training', 'results', 'pipeline', 'use', 'sample', 'benchmarks']
 
 
 PLUG = {'blocks': {'blocks.cpu', 'blocks.cpu.fast', 'blocks.cpu.matrix_native', 'blocks.gpu', 'blocks.gpu.fast'}}  # the one arrow upwards: the package of the blocks plugs the appendices in (nbs/9_cpu/06_plug_in.ipynb)
@@ -50,7 +50,7 @@ def test_notebooks_stand_in_the_order_of_the_floors():
         if '#| default_exp' in first: chapters.setdefault(path.parent.name, []).append(first.split()[-1].strip('",').rpartition('.')[0])
     assert [FLOORS.index(package) for packages in chapters.values() for package in packages] == sorted(
         FLOORS.index(package) for packages in chapters.values() for package in packages)
-    assert set(FLOORS) == {package for packages in chapters.values() for package in packages} | {'', 'blocks.cpu', 'blocks.gpu'}
+    assert set(FLOORS) == {package for packages in chapters.values() for package in packages} | {'', 'blocks.cpu', 'blocks.gpu', 'pipeline'}
 
 
 @pytest.mark.parametrize('stage,modules,aside', [

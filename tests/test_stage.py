@@ -18,7 +18,7 @@ def start(folder, *sources):
                             env={name: value for name, value in os.environ.items() if name != 'PYTEST_CURRENT_TEST'})  # with it, kernels let go what is written past Python
 
 
-RUN = [sys.executable, '-c', 'import sys; from srl_pose.use.stage import run_notebook; sys.exit(run_notebook(*sys.argv[1:]))']
+RUN = [sys.executable, '-c', 'import sys; from srl_pose.pipeline.stage import run_notebook; sys.exit(run_notebook(*sys.argv[1:]))']
 
 
 def end(process):

@@ -8,7 +8,6 @@ __all__ = ['METRICS', 'pose_heatmaps', 'predict', 'rescore', 'coco_results', 'ru
 
 # %% ../../nbs/4_training/04_evaluate.ipynb #0b133986
 import contextlib
-import hashlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from ..data.annotations import AreaKind, area_kind, for_cocoeval, read_annotatio
 from .bootstrap import DRAWS, Matches, Resampled, bootstrap, bootstrap_share
 from ..data.coco import CocoPersons, normalize
 from ..pose.crops import keypoints_to_image
-from ..files import write_json
+from ..files import file_digest, write_json
 from ..pose.heatmap import Heatmaps, flip_heatmaps
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet
 from ..pose.oks import oks_nms
@@ -243,12 +242,12 @@ class Evaluation:
 # %% ../../nbs/4_training/04_evaluate.ipynb #241d879e
 def _data_settings(dataset: CocoPersons) -> dict:
     "Which persons, in which boxes; images and persons are counted later"
-    file, digest = dataset.annotation_file, lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+    file = dataset.annotation_file
     box_file = file if dataset.boxes == 'gt' else dataset.root / dataset.boxes
     return dict(
-        split=dataset.split, annotation_file=file.relative_to(dataset.root).as_posix(), annotation_sha256=digest(file), images=None, persons=None,
+        split=dataset.split, annotation_file=file.relative_to(dataset.root).as_posix(), annotation_sha256=file_digest(file), images=None, persons=None,
         boxes='gt' if dataset.boxes == 'gt' else 'detector', box_file=box_file.relative_to(dataset.root).as_posix(),
-        box_sha256=digest(box_file), num_boxes=len(dataset))
+        box_sha256=file_digest(box_file), num_boxes=len(dataset))
 
 # %% ../../nbs/4_training/04_evaluate.ipynb #2ea9d3f0
 def _numbers(dataset, keypoints, results, resamples):

@@ -114,10 +114,6 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def _shared_memory(device: torch.device) -> int:
-    "Bytes of files that are mapped, such as libraries: memory of the process, but not of the network"
-    return getattr(psutil.Process().memory_info(), 'shared', 0) if device.type == 'cpu' else 0
-
 # %% ../../nbs/5_results/02_measure.ipynb #c0016daa
 def _training_step(
     experiment: Experiment,
@@ -125,14 +121,14 @@ def _training_step(
     device: torch.device,
 ) -> tuple[nn.Module, int, set[str]]:  # the network afterwards; bytes at the peak, beyond those before; forms of its blocks
     "One training step with random images."
-    (w, h), before = experiment.model.input_size, 0 if device.type == 'cuda' else psutil.Process().memory_info().rss - _shared_memory(device)
+    (w, h), before = experiment.model.input_size, 0 if device.type == 'cuda' else psutil.Process().memory_info().rss
     model = experiment.model.build(pretrained=False).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters())
     images = torch.randn(persons, 3, h, w, device=device).to(memory_format=torch.channels_last)
     targets, weights = torch.rand(persons, 17, h // model.stride, w // model.stride, device=device), torch.ones(persons, 17, device=device)
     with forms_seen(model) as forms: heatmap_loss(model(images), targets, weights).backward()
     optimizer.step()
-    return model, _peak_memory(device) - _shared_memory(device) - before, forms
+    return model, _peak_memory(device) - before, forms
 
 # %% ../../nbs/5_results/02_measure.ipynb #24a5e524
 @torch.inference_mode()
@@ -209,12 +205,11 @@ def measure(
     batch: int = BATCH,  # of the large batch
     persons: int | None = None,  # in the training step; None: `TRAINING_PERSONS` of the device
     least: float = 6.0,  # seconds to time each
-    start: str = 'spawn',  # how that process begins: 'fork' is quicker, on a CPU, but hangs where this one has computed before
 ) -> Measured:
     "Measure the cost of a row on this machine, in a new process."
     device, threads = experiment.machine.torch_device(), usable_cores()
     persons = persons or TRAINING_PERSONS[device.type]
-    with ProcessPoolExecutor(1, mp_context=get_context(start if device.type == 'cpu' and sys.platform == 'linux' else 'spawn')) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
         found = pool.submit(_time_and_memory, experiment, batch, persons, least, threads).result()
     with torch.device('meta'):
         model = experiment.model.build(pretrained=False).eval()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..data.coco import CocoPersons
 from ..experiment.experiment import Experiment, as_before
 from ..experiment.provenance import code_digest
-from ..files import whole_file
+from ..files import file_digest, whole_file
 from ..blocks.spectral import SpectralBlock
 from ..pose.keypoints import KeypointSet
 from ..pose.original import UNSAID, Unsaid, choose_color_order, load_original, open_state, recognise, renumber
@@ -68,15 +68,11 @@ def identity(
     *datasets: CocoPersons,  # that are trained on and validated with
 ) -> dict[str, str | None]:  # digests of parameters, data, code and the file that it starts from, None if there is none
     "What decides the numbers of a training run."
-    data = [_file_digest(dataset.annotation_file) for dataset in datasets]
+    data = [file_digest(dataset.annotation_file) for dataset in datasets]
     start = experiment.start_file()
     return dict(parameters=_digest(json.dumps(parameters(experiment), sort_keys=True)), data=_digest(json.dumps(data)),
-                code=training_code(), start=start and _file_digest(start))
+                code=training_code(), start=start and file_digest(start))
 
-
-def _file_digest(path: Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #e8975214
 CHECKPOINT_FORMAT = 3
@@ -248,7 +244,7 @@ def set_aside(
 ) -> Path:  # where it is now
     "Move a checkpoint to a name beside it that says which run it is of, and that nothing has."
     path = Path(path)
-    start = f'{path.stem}-{_tag(identity) if identity else _file_digest(path)[:12]}'
+    start = f'{path.stem}-{_tag(identity) if identity else file_digest(path)[:12]}'
     target = next(file for n in itertools.count() if not (file := path.with_name(f'{start}{n and f"-{n}" or ""}.pt')).exists())
     return path.rename(target)
 

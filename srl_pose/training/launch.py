@@ -7,7 +7,6 @@ __all__ = ['AFTERWARDS', 'started_by_launcher', 'note_failure', 'rank_and_world'
            'die_with_parent', 'alive', 'die_with_dvc', 'WorkerError', 'launch']
 
 # %% ../../nbs/4_training/11_launch.ipynb #84f9aa52
-import ctypes
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ..processes import end_with_parent
 from ..timing import usable_cores
 
 # %% ../../nbs/4_training/11_launch.ipynb #2581ca41
@@ -113,7 +113,7 @@ def die_with_parent(
 ) -> None:
     "Be killed when the process that started this one ends (Linux)."
     if sys.platform != 'linux': return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
     now = os.getppid()
     if now != parent if parent else now == 1 and not _is_launcher(1):  # it was quicker
         print(f'process {os.getpid()} ends, because the process that started it has ended', file=sys.stderr, flush=True)
