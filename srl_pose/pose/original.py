@@ -23,7 +23,8 @@ from torch import Tensor
 from .decoders import DECODERS
 from .heatmap import show_size
 from .mmpose import HEADS, check_normalisation, read_config, rename_mmpose, said_by_config
-from .pose_net import LAYERS, PoseResNet, choose_strides, read_weights, unwrap
+from .pose_net import LAYERS, PoseResNet, choose_strides
+from .weight_files import read_weights, unwrap
 
 # %% ../../nbs/2_pose/09_original.ipynb #8b012758
 def _label(source):

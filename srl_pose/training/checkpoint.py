@@ -33,7 +33,8 @@ from ..files import file_digest, whole_file
 from ..blocks.spectral import SpectralBlock
 from ..pose.keypoints import KeypointSet
 from ..pose.original import UNSAID, Unsaid, choose_color_order, load_original, open_state, recognise, renumber
-from ..pose.pose_net import blocks_of, read_weights
+from ..pose.pose_net import blocks_of
+from ..pose.weight_files import read_weights
 
 # %% ../../nbs/4_training/09_checkpoint.ipynb #88bc3803
 LOOK_ON = ('training.checkpoint', 'data.draw', 'evaluation.evaluate', 'training.launch', 'training.watch')  # modules that decide no weight

@@ -18,7 +18,7 @@ from torchvision.models import get_model, get_model_weights
 
 from ..files import DataError, read_json
 from .frames import Frame
-from ..pose.pose_net import read_weights, unwrap
+from ..pose.weight_files import read_weights, unwrap
 
 # %% ../../nbs/6_use/03_boxes.ipynb #2d25af77
 Boxes = tuple[np.ndarray, np.ndarray]  # (N, 4) as x, y, w, h in pixels, and (N,) scores
