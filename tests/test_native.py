@@ -1,6 +1,7 @@
 """The block in C: how it is built, kept and refused, and that it reads and writes nothing but its own memory."""
 import copy
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from srl_pose.blocks.spectral import SpectralBlock
 from srl_pose.blocks.transforms import CosineBlock, OrthogonalBlock
 from srl_pose.testing import naive_fft_block, randomize
 
+ROOT = Path(__file__).resolve().parents[1]
 CC = shutil.which('cc')
 needs_cc = pytest.mark.skipif(CC is None, reason='no C compiler')  # a compiler that refuses the source is no reason
 build_anew = native_library.__wrapped__  # without the memory of this process
@@ -94,18 +96,35 @@ print('nothing found')
 """
 
 
-@needs_cc
-def test_sanitizers_find_nothing(tmp_path):
-    runtime = subprocess.run([CC, '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(runtime).is_absolute():
+@pytest.fixture
+def sanitizer() -> dict[str, str]:
+    "Environment of a process that loads C built with an address sanitizer, or skip."
+    # with the runtime of C++, which torch's errors need
+    files = [subprocess.run([CC, f'-print-file-name={name}'], capture_output=True, text=True).stdout.strip() for name in ('libasan.so', 'libstdc++.so.6')]
+    if not all(Path(file).is_absolute() for file in files):
         pytest.skip('the compiler has no address sanitizer')
-    environment = {**os.environ, 'LD_PRELOAD': runtime, 'ASAN_OPTIONS': 'detect_leaks=0', 'UBSAN_OPTIONS': 'print_stacktrace=1',
-                   'OMP_NUM_THREADS': '2'}
+    return {**os.environ, 'LD_PRELOAD': ' '.join(files), 'ASAN_OPTIONS': 'detect_leaks=0', 'UBSAN_OPTIONS': 'print_stacktrace=1', 'OMP_NUM_THREADS': '2'}
+
+
+@needs_cc
+def test_sanitizers_find_nothing(tmp_path, sanitizer):
     for more in ([], ['spectral'], ['matrix']):
-        done = subprocess.run([sys.executable, '-c', SANITIZED, tmp_path, *more], capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run([sys.executable, '-c', SANITIZED, tmp_path, *more], capture_output=True, text=True, env=sanitizer, timeout=300)
         text = done.stdout + done.stderr
         assert (done.returncode == 0, 'nothing found' in text, 'ERROR: AddressSanitizer' in text) == (not more, not more, bool(more)), text[-3000:]
         assert 'runtime error' not in text
+
+
+@needs_cc
+@pytest.mark.parametrize('name', ['03_native_fft', '05_matrix_native'])
+def test_sanitizers_find_nothing_in_the_tests_of_a_notebook(name, tmp_path, sanitizer):
+    """They hand C memory of their own."""
+    cells = json.loads((ROOT / f'nbs/9_cpu/{name}.ipynb').read_text())['cells']
+    script = tmp_path / 'notebook.py'
+    script.write_text('\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code'))
+    environment = {**sanitizer, 'CC': f'{CC} -g -fsanitize=address', 'XDG_CACHE_HOME': str(tmp_path), 'MPLBACKEND': 'agg'}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT / 'nbs/9_cpu')
+    assert done.returncode == 0 and list(tmp_path.rglob('*.so')), done.stderr[-3000:]
 
 
 ONE_STEP = """

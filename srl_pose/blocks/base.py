@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_multiple', 'check_choice', 'check_groups', 'needed_size', 'check_feature_map', 'without_autocast',
-           'TransformBlock', 'PluggableBlock']
+           'at_least_float32', 'TransformBlock', 'PluggableBlock', 'in_float32']
 
 # %% ../../nbs/1_blocks/06_base.ipynb #da404823
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import ClassVar
 
 import torch
@@ -76,6 +77,12 @@ def without_autocast(
     "Context in which autocast is off, also for devices (meta) that have none."
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
+def at_least_float32(
+    x: Tensor,  # of any floating point type
+) -> Tensor:
+    "The same numbers in float32, if they are in half precision."
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
 # %% ../../nbs/1_blocks/06_base.ipynb #488d15dd
 class TransformBlock(nn.Module):
     """x + alpha * residual(x), (B, C, H, W), computed in float32 or better and returned in the type of x.
@@ -103,7 +110,7 @@ class TransformBlock(nn.Module):
             raise ValueError(f'x is {x.shape[-2]}x{x.shape[-1]} (H x W): '
                              f'this {type(self).__name__} was built for {self.size[0]}x{self.size[1]} only')
         with without_autocast(x.device.type):
-            y = self.residual(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+            y = self.residual(at_least_float32(x))
             if self.alpha is not None: y = self.alpha * y
         return x + y.to(x.dtype)
 
@@ -139,3 +146,14 @@ class PluggableBlock(TransformBlock):
                 y = fast_form(x, self.alpha, self.conv_layer, self.bn, self.relu, **self.fast_arguments)
             if y is not None: return y
         return super().forward(x)
+
+# %% ../../nbs/1_blocks/06_base.ipynb #c6f1a428
+def in_float32(
+    form: Callable[..., Tensor | None],  # f(x, ...), for maps in float32 or better
+) -> Callable[..., Tensor | None]:
+    "The form for maps of any floating point type; its output has the type of x."
+    @wraps(form)
+    def widened(x: Tensor, *args, **kwargs) -> Tensor | None:
+        y = form(at_least_float32(x), *args, **kwargs)
+        return y if y is None else y.to(x.dtype)
+    return widened

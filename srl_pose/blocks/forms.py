@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .base import TransformBlock
+from .base import TransformBlock, in_float32
 
 # %% ../../nbs/1_blocks/10_forms.ipynb #73db6254
 def has_hooks(
@@ -139,8 +139,10 @@ def form_of(
     y: Tensor,  # the output of a block, from a pass that keeps what backward needs
 ) -> str:  # 'C', 'torch', 'Triton', 'matrices', or 'definition'
     "The form that made it."
-    if y.grad_fn is None: raise ValueError('y has no gradient: which form ran is known of a pass with gradients only')
-    return getattr(y.grad_fn, 'form', None) or y.grad_fn.metadata.get('form', 'definition')
+    node = y.grad_fn
+    if node is None: raise ValueError('y has no gradient: which form ran is known of a pass with gradients only')
+    if node.name() == 'ToCopyBackward0': node = node.next_functions[0][0]  # `in_float32` rounds what its form made
+    return getattr(node, 'form', None) or node.metadata.get('form', 'definition')
 
 # %% ../../nbs/1_blocks/10_forms.ipynb #3776df21
 @contextmanager

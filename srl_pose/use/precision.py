@@ -22,7 +22,7 @@ from .. import __version__
 from ..data.coco import normalize
 from ..experiment.params import ParameterError
 from ..files import write_json
-from ..pose.pose_net import PoseResNet, blocks_of
+from ..pose.pose_net import PoseResNet
 from .boxes import BoxSource, whole_images
 from .export import to_onnx
 from .frames import Frame, list_sources, read_frames
@@ -48,27 +48,15 @@ def check_choice(
         raise ParameterError(f'--precision, --runtime: {precision} by {runtime} is for the processor, the network is on {device}: say --device cpu')
 
 # %% ../../nbs/6_use/12_precision.ipynb #c6533253
-class _InFloat32(nn.Module):
-    "A block that is computed in float32, between maps of another type"
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor: return self.block(x.float()).to(x.dtype)
-
-
 class Bfloat16Net(nn.Module):
-    "A copy of a network in bfloat16, with its blocks in float32; images and heatmaps are float32."
+    "A copy of a network in bfloat16, with its spectral blocks in float32; images and heatmaps are float32."
 
     def __init__(
         self,
         model: nn.Module,  # not changed
     ):
         super().__init__()
-        blocks = blocks_of(model)
         self.net = copy.deepcopy(model).bfloat16()
-        for name, block in blocks.items(): self.net.set_submodule(name, _InFloat32(copy.deepcopy(block)))
 
     def forward(self, x: Tensor) -> Tensor: return self.net(x.bfloat16()).float()
 

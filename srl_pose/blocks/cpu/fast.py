@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base import in_float32
 from ..forms import (add_operator, allows_fast, is_batch, layout_of, library_of, refuse_second_derivative, shapes_of_gradients, slope_and_shift,
                                    update_statistics)
 from ..spectral import SpectralBlock, upper_weights
@@ -227,4 +228,4 @@ def fast_forward(
     return SpectralTraining.apply(x, weight, conv.bias, bn.weight, bn.bias, alpha, bn.running_mean, bn.running_var,
                                   bn.momentum, bn.eps, conv.groups, edges)
 
-SpectralBlock.fast_forms['cpu'] = fast_forward
+SpectralBlock.fast_forms['cpu'] = in_float32(fast_forward)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FOURIER', 'SCRATCH', 'MATRIX_TRANSFORM', 'COSINE', 'EITHER', 'CHECKED', 'PANELS', 'PANEL_TO_MAP', 'CONVOLVED',
            'MATRIX_FORWARD', 'MATRIX_INFERENCE', 'GRAM', 'MATRIX_MASKED', 'CONVOLVED_BACK', 'MATRIX_BACKWARD',
-           'MATRIX_SOURCE', 'OPERATORS', 'operators', 'folds_of', 'folded', 'cheapest', 'matrix_library',
-           'matrix_runs_native', 'matrix_forward', 'matrix_backward', 'matrix_inference', 'MatrixTraining',
-           'fast_matrix_forward']
+           'MATRIX_SOURCE', 'OPERATORS', 'operators', 'folds_of', 'folded', 'cheapest', 'scratch_size',
+           'matrix_library', 'matrix_runs_native', 'matrix_forward', 'matrix_backward', 'matrix_inference',
+           'MatrixTraining', 'fast_matrix_forward']
 
 # %% ../../../nbs/9_cpu/05_matrix_native.ipynb #c843b2fa
 import ctypes
@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..base import in_float32
 from ..forms import (add_operator, allows_fast, layout_of, library_of, refuse_second_derivative, shapes_of_gradients, shapes_of_inference,
                                    shapes_of_training, slope_and_shift, update_statistics)
 from .native import native_library, parallel_for
@@ -72,6 +73,13 @@ typedef struct { long n, folds; const float *matrix; const plan *plan; } side;  
 INLINE side side_h(const problem *p) { return (side){p->H, p->folds_h, p->left, &p->along_h}; }
 INLINE side side_w(const problem *p) { return (side){p->W, p->folds_w, p->right, &p->along_w}; }
 '''
+
+def _up(n: int) -> int: return -(-n // 16) * 16
+
+def scratch_size(H: int, W: int, m: int, pitch: int) -> int:
+    "Numbers of float32 that `space_in` gives a thread."
+    longest = max(H, W)
+    return 16 * W * pitch + 8 * 16 * _up(longest) + H * m + (16 + 16 + 8 + 16 + 32) * longest
 
 # %% ../../../nbs/9_cpu/05_matrix_native.ipynb #8dfab146
 MATRIX_TRANSFORM = r'''
@@ -449,20 +457,18 @@ def matrix_runs_native(
     return os.environ.get('SRL_POSE_NATIVE') != '0' and matrix_library() is not None
 
 # %% ../../../nbs/9_cpu/05_matrix_native.ipynb #bdafba64
-def _up(n: int) -> int: return -(-n // 16) * 16
-
 def _fields(x: Tensor, groups: int, weight: Tensor, left: Tensor, right: Tensor, folds: tuple[int, int]) -> dict:
     "Of `Problem`: the sizes and the matrices; the weight is (G, m, m), as right factor."
     B, C, H, W = x.shape
     for name, t, n, f in (('left', left, H, folds[0]), ('right', right, W, folds[1])):
         if t.numel() != (n if f == FOURIER else sum((n >> i) ** 2 for i in range(1, f + 1)) + (n >> f) ** 2):
             raise ValueError(f'{name} has {t.numel()} numbers: a matrix of a map {H}x{W} is needed, `folded` with {f}')
-    m, pitch, longest, threads = C // groups, H | 1, max(H, W), torch.get_num_threads()
+    m, pitch, threads = C // groups, H | 1, torch.get_num_threads()
     together = groups if threads > 8 else 1
     images = min(B, max(-(-4 * threads // (m // 16 * together)), 2 ** 18 // (m * together * H * W), 1))  # enough tasks, enough work
     return dict(weight=panels(weight), left=left.contiguous(), right=right.contiguous(), folds_h=folds[0], folds_w=folds[1],
                 K=W, m=m, pitch=pitch, threads=threads, together=together, images=images, slices=max(1, min(8, 2 ** 20 // m ** 2)),
-                work_size=16 * W * pitch + 8 * 16 * _up(longest) + H * m + (40 + 48) * longest)
+                work_size=scratch_size(H, W, m, pitch))
 
 # %% ../../../nbs/9_cpu/05_matrix_native.ipynb #8b89f4ee
 def matrix_forward(
@@ -618,4 +624,4 @@ def fast_matrix_forward(
     return operators.matrix_inference(x, conv.weight, conv.bias, *slope_and_shift(bn), alpha,
                                       folded(P, folds[0]), folded(Q.mT, folds[1]), folds, conv.groups)
 
-MatrixBlock.fast_forms['cpu'] = fast_matrix_forward
+MatrixBlock.fast_forms['cpu'] = in_float32(fast_matrix_forward)
