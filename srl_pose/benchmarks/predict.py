@@ -181,12 +181,13 @@ def learn_by_heart(
     split: str,
     out: Path,  # for model.pt
     epochs: int = 36,
+    seed: int = 0,
 ) -> Path:  # model.pt
     "The sample's network with spectral blocks, trained on a split without augmentation."
     values = load_set('sample')['fft'].model_dump()
     values['data'] = dict(root=str(data), train=split, val=split, detections=None)
     values['model'] |= dict(input_size=(96, 128))
-    values['train'] |= dict(epochs=epochs, batch_size=8, learning_rate=1e-3, warmup_epochs=epochs / 12, schedule='cosine', lr_steps=(), validate_every=epochs)
+    values['train'] |= dict(epochs=epochs, batch_size=8, learning_rate=1e-3, warmup_epochs=epochs / 12, schedule='cosine', lr_steps=(), validate_every=epochs, seed=seed)
     values['train']['augmentation'] = dict(scale=0.0, rotation=0.0, rotation_probability=0.0)
     values['evaluate'] |= dict(boxes='gt')
     values['machine'] |= dict(processes=1, workers=0)
@@ -238,15 +239,17 @@ def benchmark_choices(
     split: str,
     out: Path,  # folder for precisions.csv, accuracy.csv and machine.json
     *,
-    weights: str | None = None,  # of `Predictor.load`; None: a small network learns the split by heart
+    weights: str | None = None,  # of `Predictor.load`; None: small networks learn the split by heart
+    networks: int = 4,  # so many
     rounds: int,
     program: str,  # the command line's first words
 ) -> None:
-    "Speed of precisions and runtimes with the paper's network, accuracy with a small one."
+    "Speed of precisions and runtimes with the paper's network, accuracy with small ones."
     persons = CocoPersons(data, split, input_size=(192, 256))
     tables = dict(precisions=benchmark_precisions([persons[i]['image'].numpy() for i in range(16)], rounds=rounds))
     with tempfile.TemporaryDirectory() as folder:
-        tables['accuracy'] = benchmark_accuracy(weights or learn_by_heart(data, split, Path(folder)), data, split)
+        files = [weights] if weights else [learn_by_heart(data, split, Path(folder) / str(seed), seed=seed) for seed in range(networks)]
+        tables['accuracy'] = [dict(network=i) | row for i, file in enumerate(files) for row in benchmark_accuracy(file, data, split)]
     write_benchmark(out, tables, program=program)
 
 # %% ../../nbs/8_benchmarks/04_predict.ipynb #294ab512
@@ -259,7 +262,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument('--rounds', type=int, default=5, help='how often each contender runs')
     parser.add_argument('--no-compile', dest='compiled', action='store_false', help='leave torch.compile out')
     parser.add_argument('--only-precisions', action='store_true', help='only precisions and runtimes, some minutes')
-    parser.add_argument('--weights', help='a trained network, to see what precisions cost it (default: a small one learns the split by heart, in minutes)')
+    parser.add_argument('--weights', help='a trained network, to see what precisions cost it (default: small ones learn the split by heart, in minutes)')
     options = parser.parse_args(args)
     benchmark_choices(options.data, options.split, options.out / 'precisions', weights=options.weights, rounds=2 * options.rounds, program=parser.prog)
     if options.only_precisions: return

@@ -49,7 +49,7 @@ def check_choice(
 
 # %% ../../nbs/6_use/12_precision.ipynb #c6533253
 class Bfloat16Net(nn.Module):
-    "A copy of a network in bfloat16, with its spectral blocks in float32; images and heatmaps are float32."
+    "A copy of a network in bfloat16, with its spectral blocks and its last layer in float32, as images and heatmaps are."
 
     def __init__(
         self,
@@ -57,6 +57,9 @@ class Bfloat16Net(nn.Module):
     ):
         super().__init__()
         self.net = copy.deepcopy(model).bfloat16()
+        if (last := getattr(self.net, 'final_layer', None)) is not None:
+            last.float().load_state_dict(model.final_layer.state_dict())
+            last.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
     def forward(self, x: Tensor) -> Tensor: return self.net(x.bfloat16()).float()
 
