@@ -16,6 +16,7 @@ from srl_pose.data.coco import MEAN, STD
 from srl_pose.evaluation.evaluate import pose_heatmaps
 from srl_pose.pose.mmpose import IMAGENET
 from srl_pose.pose.original import Unsaid, load_original
+from srl_pose.pose.weight_files import KEEP
 from srl_pose.pose.pose_net import PoseResNet
 from srl_pose.testing import log_buffers
 from srl_pose.training.checkpoint import CheckpointError, load_start
@@ -289,7 +290,7 @@ def test_nothing_in_a_training_state_runs(tmp_path):
         def __reduce__(self): return os.mkdir, (str(tmp_path / 'ran'),)
     theirs = TopDown('resnet18', 'head')
     assert load_original(save_1(tmp_path / 'a.pth', theirs.state_dict())).input_size == SIZE
-    with pytest.raises(ValueError, match=r"mkdir, which could run code: where you trust the file, keep only the state dict, with torch.save\(torch.load\(FILE"):
+    with pytest.raises(ValueError, match=r"mkdir, which could run code: where you trust the file, keep only tensors and configuration: python -c .import torch; c = torch.load\('FILE'"):
         load_original(save_1(tmp_path / 'b.pth', theirs.state_dict(), extra=dict(evil=Evil())))
     assert not (tmp_path / 'ran').exists()
 
@@ -346,6 +347,7 @@ def test_the_command_of_the_page_makes_a_bare_file(tmp_path, monkeypatch):
     save_1(tmp_path / 'FILE', theirs.state_dict(), extra=dict(arguments=argparse.Namespace(a=1)))
     with pytest.raises(ValueError, match='argparse.Namespace'): load_original(tmp_path / 'FILE')
     command = re.search(r'^python (-c ".*")$', (Path(__file__).parent.parent / 'docs/weights.md').read_text(), re.M)[1]
+    assert command == f'-c "{KEEP}"'  # as the error says
     with log_buffers():  # the command runs where mmengine is; here a stand-in has its class
         monkeypatch.chdir(tmp_path)
         exec(shlex.split(command)[1], {})

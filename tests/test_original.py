@@ -155,9 +155,9 @@ def test_every_geometry(backbone, places, spectral_relu, strides, deconvs, caffe
 def test_what_is_said_must_fit(said, message):
     options = dict(block='fft', block_after=['layer3', 'deconv2'], block_options=dict(spectral_relu=True))
     state = PoseResNet('resnet18', input_size=(64, 96), **options).state_dict()
-    assert load_original(state).report.recognised[-1].value == '96×64'
+    assert load_original(state, color_order='BGR').report.recognised[-1].value == '96×64'
     with pytest.raises(ValueError, match=message):
-        load_original(state, **said)
+        load_original(state, color_order='BGR', **said)
 
 
 @pytest.fixture(scope='module')
@@ -172,7 +172,7 @@ def test_every_block_comes_back(tmp_path):
         source = PoseResNet('resnet18', block=block, block_after=['layer3', 'deconv2'], input_size=(64, 96)).eval()
         content = {f'module.{name}': t for name, t in source.state_dict().items()}
         torch.save({'state_dict': content}, tmp_path / 'file.tar')
-        loaded = load_original(tmp_path / 'file.tar', edges='average')
+        loaded = load_original(tmp_path / 'file.tar', edges='average', color_order='RGB')
         assert (loaded.missing, loaded.unexpected, loaded.mismatched) == ((), (), ())
         x = torch.randn(1, 3, 96, 64)
         with torch.no_grad():
@@ -192,16 +192,16 @@ def test_every_block_comes_back(tmp_path):
     (lambda state: state | {'layer3.nl0.bn.weight': torch.ones(1)}, 'are not blocks of one known kind')])
 def test_bad_checkpoints(state, make, message):
     with pytest.raises(ValueError, match=message):
-        load_original(make(state))
+        load_original(make(state), color_order='BGR')
 
 
 def test_nothing_is_half_loaded(state):
     model = PoseResNet('resnet18', block='fft')
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match='mismatched'):
-        load_original(state | {'final_layer.bias': torch.ones(5)}, model)
+        load_original(state | {'final_layer.bias': torch.ones(5)}, model, color_order='BGR')
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    partly = load_original(state | {'final_layer.bias': torch.ones(5)}, model, strict=False)
+    partly = load_original(state | {'final_layer.bias': torch.ones(5)}, model, color_order='BGR', strict=False)
     assert partly.model is model and partly.mismatched == ('final_layer.bias',)
     assert torch.equal(model.conv1.weight, state['conv1.weight'])
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -204,6 +205,23 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'srl-pose predict photos/' in done.stdout
+
+
+def test_a_wheel_brings_what_is_no_code(tmp_path):
+    shutil.copytree(ROOT / 'srl_pose', tmp_path / 'srl_pose', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / name, tmp_path)
+    subprocess.run([sys.executable, '-m', 'build', '--wheel', '--no-isolation', tmp_path], check=True, capture_output=True)
+    wheel, = (tmp_path / 'dist').glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(site := tmp_path / 'site')
+    assert {path.name for path in (site / 'srl_pose/demonstration').iterdir()} == {'network.pt', 'README.md', 'LICENSE'} and (site / 'srl_pose/py.typed').is_file()
+    photo = next((ROOT / 'sample/images/val').iterdir())
+    code = f'import sys; sys.path.insert(0, {str(site)!r}); from srl_pose.use.command import main; raise SystemExit(main())'
+    (tmp_path / 'elsewhere').mkdir()
+    done = subprocess.run([sys.executable, '-c', code, 'predict', photo, '--device', 'cpu'], cwd=tmp_path / 'elsewhere', capture_output=True, text=True)
+    assert done.returncode == 0 and 'no --weights: the demonstration network is used' in done.stderr and str(site) in done.stderr, done.stderr
+    poses, = json.loads((tmp_path / 'elsewhere/poses/results.json').read_text())
+    assert len(poses['keypoints']) == 3 * 12
 
 
 # of modules of the standard library: what there is on Linux and not on every macOS

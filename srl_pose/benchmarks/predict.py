@@ -39,6 +39,7 @@ from ..use.inference import exportable
 from ..use.frames import read_frames
 from .plain import predict_plain
 from ..pose.pose_net import PoseResNet
+from ..training.checkpoint import CheckpointError
 from ..training.train import train
 from ..use.precision import OFFERED, has_instructions, keypoint_shift, with_precision
 from ..use.predict import Predictor, predict_crops, predict_frames
@@ -203,12 +204,13 @@ def benchmark_accuracy(
     "What lower precision costs, with flip test."
     full, rows = Predictor.load(weights, device='cpu'), []
     dataset = CocoPersons(data, split, input_size=full.input_size, unbiased=full.heatmaps.unbiased)
+    if (theirs := full.keypoint_set.names) != dataset.keypoint_set.names: raise CheckpointError(f'{weights}: predicts {", ".join(theirs)}; {dataset.annotation_file} has others')
     crops = [dataset[i]['image'].numpy() for i in range(min(64, len(dataset)))]
     want = predict_crops(full, crops)
     for (precision, runtime), predictor in choices(full, crops[:16]).items():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that a few pictures of COCO are not all
-            ap = evaluate(predictor.model, dataset, heatmaps=full.heatmaps).metrics['AP']
+            ap = evaluate(predictor.model, dataset, heatmaps=full.heatmaps, color_order=full.color_order).metrics['AP']
         rows.append(dict(precision=precision, runtime=runtime, AP=ap, persons=len(dataset)) | keypoint_shift(predict_crops(predictor, crops), want))
     return rows
 

@@ -133,6 +133,12 @@ class KeypointSet(_Table):
             raise DataError(f'{source}: flip_pairs: {"; ".join(problems[:3])}{f" and {len(problems) - 3} more" * (len(problems) > 3)}. Give flip_pairs, '
                             'or do not mirror (train.augmentation.flip_probability: 0, evaluate.flip_test: false, srl-pose train, evaluate or predict --no-flip)')
 
+    def only(self, names: Sequence[str]) -> 'KeypointSet':  # some of its own
+        "These keypoints, with the pairs and limbs between them."
+        def between(pairs): return tuple(named for a, b in pairs if {*(named := (self.names[a], self.names[b]))} <= {*names})
+        sigmas = dict(zip(self.names, self.sigmas, strict=True))
+        return KeypointSet(tuple(names), between(self.flip_pairs), between(self.skeleton), tuple(sigmas[name] for name in names))
+
     def plain(self) -> dict[str, list]:
         "As JSON has it: checkpoints and shared networks carry their keypoints so."
         return json.loads(json.dumps(asdict(self)))

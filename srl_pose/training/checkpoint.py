@@ -32,6 +32,7 @@ from ..experiment.provenance import code_digest
 from ..files import file_digest, whole_file
 from ..blocks.spectral import SpectralBlock
 from ..pose.keypoints import KeypointSet
+from ..pose.mmpose import check_normalisation
 from ..pose.original import UNSAID, Unsaid, choose_color_order, load_original, open_state, recognise, renumber
 from ..pose.pose_net import blocks_of
 from ..pose.weight_files import read_weights
@@ -381,8 +382,11 @@ def read_start(
         options = content['experiment']['model']['block_options']
         return Start(content['model'], 'RGB', usual | {name: options[name] for name in usual.keys() & options}, '', True)
     layout = recognise(opened)
-    try: order = choose_color_order(layout, color_order)
+    try:
+        check_normalisation(layout.said.get('normalisation'))
+        order = choose_color_order(layout, color_order)
     except Unsaid as error: raise CheckpointError(f'{path}: train.start_{error} (--start-color-order of the command)') from None
+    except ValueError as error: raise CheckpointError(f'{path}: {error}') from None
     told = ', '.join(f'{name} {layout.said[name]} there' for name in ('decoder', 'caffe') if layout.said.get(name))
     words = (f', {layout.name} ({layout.why}), ' + ('turned from BGR to RGB' if order == 'BGR' else 'trained on RGB') + ', with strides and style of this experiment'
              + (told and f' ({told})') + (f'; taken out of {opened.around}' if opened.around else ''))

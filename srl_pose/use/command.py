@@ -77,7 +77,7 @@ def add_predict(commands) -> None:
     "`srl-pose predict`"
     command = commands.add_parser('predict', help='poses in images and videos')
     command.add_argument('sources', nargs='+', help='images, folders of them, globs in quotes, videos, or the number of a camera')
-    command.add_argument('--weights', required=True, help='checkpoint of srl_pose, of the original, of Simple Baselines or of mmpose, or a shared folder')
+    command.add_argument('--weights', help='checkpoint of srl_pose, of the original, of Simple Baselines or of mmpose, or a shared folder (default: a small demonstration network)')
     command.add_argument('--out', default='poses', help='folder for results.jsonl and .csv, which grow as images are done, results.json in the end, and pictures (default: poses); those of an earlier run are removed')
     command.add_argument('--boxes', help="a detector's boxes, COCO results with image_id or file_name (with its ending; FILM.mp4#0 for a frame), or an annotation file (default: each image is one person)")
     command.add_argument('--detector', metavar='NAME', help="find persons by one of torchvision's detectors, such as fasterrcnn_resnet50_fpn_v2")
@@ -375,6 +375,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 # %% ../../nbs/6_use/08_command.ipynb #c11c0006
 EXAMPLES = """examples:
+  srl-pose predict portrait.jpg                                                       a first look, with a small network that comes along
   srl-pose predict photos/ --weights model.pt --detector fasterrcnn_resnet50_fpn_v2   poses of all persons in a folder of images
   srl-pose predict portrait.jpg --weights model.pt                                    the image is one person
   srl-pose export model.pt pose.onnx                                                  for other runtimes

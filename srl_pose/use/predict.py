@@ -361,11 +361,10 @@ def outcome(
 # %% ../../nbs/6_use/04_predict.ipynb #4020f134
 def predict_command(
     sources: Sequence[str],  # of `list_sources`
-    weights: str,  # of `Predictor.load`
+    weights: str | None,  # of `Predictor.load`; None: the demonstration network
     out: str,  # folder
     *,
-    boxes: str | None = None,  # these three: of `choose_boxes`
-    detector: str | None = None, detector_weights: str = 'DEFAULT',
+    boxes: str | None = None, detector: str | None = None, detector_weights: str = 'DEFAULT',  # of `choose_boxes`
     box_threshold: float | None = None,  # None: 0.5 with a detector, else 0
     input_size: tuple[int, int] | None = None,  # (w, h) px
     color_order: str | None = None,  # RGB or BGR
@@ -382,10 +381,11 @@ def predict_command(
     **unsaid,  # of `Predictor.load`
 ) -> int:  # exit status: 1 if an image or an entry of the boxes could not be used, or the boxes are of no image; 128 and the signal's number if one came
     "Poses in images and videos, written into a folder."
-    from srl_pose.use.precision import choose_precision, say_precision  # which need this module
+    from srl_pose.use.demonstration import or_demonstration  # these need this module
+    from srl_pose.use.precision import choose_precision, say_precision
 
     files = list_sources(sources, say)
-    points = read_keypoint_set(keypoints) if keypoints else None
+    weights, points = or_demonstration(weights, say), read_keypoint_set(keypoints) if keypoints else None
     predictor = Predictor.load(weights, input_size=input_size, color_order=color_order, decoder=decoder, keypoint_set=points, device=device,
                                say=say, **unsaid)
     if flip_test: predictor.keypoint_set.check_flip(keypoints or weights)
