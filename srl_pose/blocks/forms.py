@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .base import TransformBlock, in_float32
+from .base import TransformBlock
 
 # %% ../../nbs/1_blocks/10_forms.ipynb #73db6254
 def has_hooks(
