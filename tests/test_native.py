@@ -126,7 +126,7 @@ def test_sanitizers_find_nothing_in_the_tests_of_a_notebook(name, tmp_path, sani
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300, cwd=ROOT / 'nbs/9_cpu')
     assert done.returncode == 0, done.stderr[-3000:]
     libraries = [file.read_bytes() for file in tmp_path.rglob('*.so')]
-    assert libraries and all(b'__asan_report_store' in library for library in libraries)
+    assert libraries and all(b'__asan_' in library for library in libraries)
 
 
 ONE_STEP = """
