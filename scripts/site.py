@@ -124,7 +124,7 @@ def build(only: str | None = None) -> None:
 
     shutil.rmtree(DOCS, ignore_errors=True)
     (DOCS / 'api').mkdir(parents=True)
-    nav, api = [{'Start': 'README.md'}, {'Guides': [{'Your own data': 'docs/own_data.md'}, {'Weights': 'docs/weights.md'}, {'COCO': 'docs/coco.md'}, {'Install': 'docs/install.md'}, {'Glossary': 'docs/glossary.md'}]}], []
+    nav, api = [{'Start': 'README.md'}, {'Guides': [{'Your own data': 'docs/own_data.md'}, {'Weights': 'docs/weights.md'}, {'Demonstration network': 'srl_pose/demonstration/README.md'}, {'COCO': 'docs/coco.md'}, {'Install': 'docs/install.md'}, {'Glossary': 'docs/glossary.md'}]}], []
     for chapter in chapters():
         door = chapter / 'README.md'
         words(door)
@@ -137,7 +137,7 @@ def build(only: str | None = None) -> None:
                 api_page(module, notebook)
                 api.append({module: f'api/{module}.md'})
         nav.append({re.match(r'# (.+)', door.read_text())[1]: pages})
-    for source in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')): words(source)
+    for source in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'srl_pose/demonstration/README.md', *(ROOT / 'docs').glob('*.md')): words(source)
     for name in ('LICENSE', 'CITATION.cff', 'README_files', 'experiments'):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, DOCS / name)
     import jupyter_server_mathjax
