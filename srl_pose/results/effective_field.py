@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.coco import CocoPersons, normalize
-from ..files import whole_file
+from ..files import DataError, whole_file
 from ..training.checkpoint import CheckpointError, build_from, read_checkpoint
 
 # %% ../../nbs/5_results/09_effective_field.ipynb #14d17a59
@@ -66,7 +66,7 @@ def effective_field(
     places, labelled = (torch.stack([torch.as_tensor(item[name]) for item in items])[:, order] for name in ('keypoints', 'visible'))
     model.requires_grad_(False)
     parts = [shares_beyond(model, *part, DISTANCES) for part in zip(images.split(16), places.float().split(16), (labelled > 0).split(16))]
-    keypoints = sum(count for _, count in parts)
+    if not (keypoints := sum(count for _, count in parts)): raise DataError(f'{dataset.annotation_file}: none of the first {len(items)} persons has a labelled keypoint that {checkpoint} predicts')
     return dict(row=experiment.name, seed=experiment.train.seed) | {f'beyond_{d}': sum(shares[i] * count for shares, count in parts) / keypoints for i, d in enumerate(DISTANCES)}
 
 # %% ../../nbs/5_results/09_effective_field.ipynb #eb51738e

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..blocks.base import at_least_float32
 from ..experiment.experiment import TrainParams
 from ..pose.pose_net import parameter_kinds
 
@@ -78,7 +79,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()): return super().forward(x)
-        total, wide = SumOverProcesses.apply, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        total, wide = SumOverProcesses.apply, at_least_float32(x)
         with torch.autocast('cpu', enabled=False):
             count = total(torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)).item()
             if count < 2: raise ValueError(f'expected more than 1 value per channel over all processes, x has shape {tuple(x.shape)}')

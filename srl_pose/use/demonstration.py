@@ -25,18 +25,17 @@ def labelled_keypoints(
     annotations: dict,  # contents of an annotation file
     keypoint_set: KeypointSet,  # that its lists of triples follow
 ) -> list[str]:  # names
-    "Keypoints that at least one person has, of the pictures to train on."
+    "Keypoints that at least one person has."
     seen = {i for person in annotations['annotations'] for i, flag in enumerate(person['keypoints'][2::3]) if flag}
     return [name for i, name in enumerate(keypoint_set.names) if i in seen]
 
 # %% ../../nbs/6_use/13_demonstration.ipynb #de4e5c24
 def with_keypoints(
     annotations: dict,  # contents of an annotation file
-    old: KeypointSet,  # that it follows
-    new: KeypointSet,  # some of these
+    new: KeypointSet,  # some of those that its category names
 ) -> dict:
     "The same persons with fewer keypoints."
-    places = [old.names.index(name) for name in new.names]
+    places = [annotations['categories'][0]['keypoints'].index(name) for name in new.names]
     def fewer(values): return [v for i in places for v in values[3 * i:3 * i + 3]]
     persons = [person | dict(keypoints=(kept := fewer(person['keypoints'])), num_keypoints=sum(flag > 0 for flag in kept[2::3])) for person in annotations['annotations']]
     category = annotations['categories'][0] | dict(keypoints=list(new.names), skeleton=[[a + 1, b + 1] for a, b in new.skeleton], sigmas=list(new.sigmas))
@@ -46,12 +45,13 @@ def with_keypoints(
 def pack(
     checkpoint: str | Path,  # of ours
     file: str | Path,  # to write
-    names: list[str],  # of the keypoints that are kept
-) -> KeypointSet:  # these keypoints
-    "Write a checkpoint without the other keypoints, in half precision. `CheckpointError` for a file that is none, or does not say its keypoints."
+    data: str | Path,  # folder of the data set that it was trained on
+) -> KeypointSet:  # the keypoints that it has learned
+    "Write a checkpoint without the others, in half precision. `CheckpointError` for a file that is none, or does not say its keypoints."
     content = read_checkpoint(checkpoint)
     _, experiment, points = build_from(content, checkpoint)
     if points is None: raise CheckpointError(f'{checkpoint}: does not say its keypoints: train it with this version')
+    names = labelled_keypoints(read_json(Path(data) / f'annotations/person_keypoints_{experiment.data.train}.json'), points)
     kept, rows = points.only(names), [points.names.index(name) for name in names]
     experiment = experiment.model_copy(update=dict(data=experiment.data.model_copy(update=dict(root='data'))))
     state = {name: t[rows] if name.startswith('final_layer.') else t for name, t in content['model'].items()}
@@ -110,20 +110,18 @@ def make_demonstration(
     import srl_pose.use.share  # which the card needs: if it cannot be imported, better now
 
     data, out = Path(data), Path(out)
-    _, experiment, points = build_from(read_checkpoint(checkpoint), checkpoint)
-    if points is None: raise CheckpointError(f'{checkpoint}: does not say its keypoints: train it with this version')
-    learned, whole = (read_json(data / f'annotations/person_keypoints_{name}.json') for name in (experiment.data.train, split))
-    names = labelled_keypoints(learned, points)
+    whole = read_json(data / f'annotations/person_keypoints_{split}.json')
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         here = Path(folder)
-        kept = pack(checkpoint, here / 'network.pt', names)
+        kept = pack(checkpoint, here / 'network.pt', data)
         (here / 'annotations').mkdir()
         (here / 'images').symlink_to((data / 'images').resolve())
-        write_json(here / f'annotations/person_keypoints_{split}.json', with_keypoints(whole, points, kept))
+        write_json(here / f'annotations/person_keypoints_{split}.json', with_keypoints(whole, kept))
         found = evaluate_folder(here, here / 'network.pt', split=split)
-        about = learned.get('info', {}).get('description') or f'the persons of {data.name}'
-        (here / 'README.md').write_text(card_of(found, here / 'network.pt', about, [name for name in points.names if name not in names], command), encoding='utf-8')
+        about = whole.get('info', {}).get('description') or f'the persons of {data.name}'
+        unseen = [name for name in whole['categories'][0]['keypoints'] if name not in kept.names]
+        (here / 'README.md').write_text(card_of(found, here / 'network.pt', about, unseen, command), encoding='utf-8')
         for name in ('network.pt', 'README.md'): (here / name).replace(out / name)
     return found
 
