@@ -11,7 +11,7 @@ import importlib
 __version__ = "0.1.0"
 
 _NAMES = {
-    'SpectralBlock': 'blocks.spectral', 'NonLocalBlock': 'blocks.attention', 'insert_blocks': 'pose.insert', 'remove_blocks': 'pose.insert',
+    'SpectralBlock': 'blocks.spectral', 'NonLocalBlock': 'blocks.non_local', 'insert_blocks': 'pose.insert', 'remove_blocks': 'pose.insert',
     'PoseResNet': 'pose.pose_net', 'load_original': 'pose.original', 'Heatmaps': 'pose.heatmap', 'KeypointSet': 'pose.keypoints',
     'CocoPersons': 'data.coco', 'Experiment': 'experiment.experiment', 'train': 'training.train', 'evaluate': 'evaluation.evaluate',
     'Predictor': 'use.predict', 'predict_images': 'use.predict', 'to_onnx': 'use.export'}

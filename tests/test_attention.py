@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from srl_pose.blocks.attention import (CompactNonLocalBlock, CrissCrossAttention, CrissCrossBlock, DoubleAttentionBlock,
-                                       NonLocalBlock, criss_cross)
+from srl_pose.blocks.attention import CompactNonLocalBlock, CrissCrossAttention, CrissCrossBlock, DoubleAttentionBlock, criss_cross
+from srl_pose.blocks.non_local import NonLocalBlock
 from srl_pose.testing import randomize
 
 BLOCKS = {'nl': NonLocalBlock, 'cgnl': CompactNonLocalBlock, 'a2': DoubleAttentionBlock, 'cc': CrissCrossBlock}

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from ..blocks.attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAttentionBlock, NonLocalBlock
+from ..blocks.attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAttentionBlock
+from ..blocks.non_local import NonLocalBlock
 from ..blocks.cpu.spectral_native import without_native
 from ..blocks.forms import forms_seen
 from ..blocks.gpu.fast import gpu_forward, switched

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from . import inverse
 from .blocks import (DTYPES, LAYOUT, LAYOUTS, KernelSpectralBlock, NaiveSpectralBlock, ProductSpectralBlock, TransformPair, form_in_training,
                                         write_csv)
-from ..blocks.attention import NonLocalBlock
+from ..blocks.non_local import NonLocalBlock
 from ..blocks.forms import form_of, forms_seen
 from ..blocks.gpu.fast import switched
 from ..blocks.gpu.spectral_gpu import groups_together

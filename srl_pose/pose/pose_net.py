@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, get_model, get_model_weights
 from torchvision.models.resnet import Bottleneck
 
-from ..blocks.attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAttentionBlock, NonLocalBlock
+from ..blocks.attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAttentionBlock
+from ..blocks.non_local import NonLocalBlock
 from ..blocks.base import check_choice
 from ..blocks.spectral import SpectralBlock
 from ..blocks.transforms import CosineBlock, OrthogonalBlock
