@@ -19,7 +19,8 @@ from srl_pose.pose.original import Unsaid, load_original
 from srl_pose.pose.weight_files import KEEP
 from srl_pose.pose.pose_net import PoseResNet
 from srl_pose.testing import log_buffers
-from srl_pose.training.checkpoint import CheckpointError, load_start
+from srl_pose.training.checkpoint import CheckpointError
+from srl_pose.training.start import load_start
 from srl_pose.use.predict import Predictor, predict_crops
 
 ONE = """codec = dict(

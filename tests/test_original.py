@@ -13,7 +13,8 @@ from srl_pose.experiment.params import load_set
 from srl_pose.pose.original import load_original
 from srl_pose.pose.pose_net import BLOCKS, DECONVS, PLACES, PoseResNet
 from srl_pose.testing import randomize_pose_net, read_upper
-from srl_pose.training.checkpoint import CheckpointError, load_start, save_checkpoint
+from srl_pose.training.checkpoint import CheckpointError, save_checkpoint
+from srl_pose.training.start import load_start
 
 PORTS = {'18_fft_111'}  # in pose_resnet.npz of a port with today's inverse; torch14_models.npz is of the released code
 

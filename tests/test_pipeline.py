@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from srl_pose.benchmarks.survive import make_project
 from srl_pose.experiment.params import ParameterError, load_experiments, load_set
 from srl_pose.experiment.provenance import imports_of, modules_behind
-from srl_pose.training.checkpoint import LOOK_ON, parameters
+from srl_pose.training.identity import LOOK_ON, parameters
 
 ROOT = Path(__file__).parent.parent
 STAGES = YAML(typ='safe').load((ROOT / 'dvc.yaml').read_text())['stages']
@@ -147,8 +147,8 @@ def test_every_parameter_decides_something():
 
 
 def table_of_what_runs_again():
-    """Columns of the table in the notebook of checkpoints, by the pattern of a parameter's name."""
-    cells = json.loads((ROOT / 'nbs' / '4_training' / '09_checkpoint.ipynb').read_text())['cells']
+    """Columns of the table in the notebook of identity, by the pattern of a parameter's name."""
+    cells = json.loads((ROOT / 'nbs' / '4_training' / '09_identity.ipynb').read_text())['cells']
     lines = [line for cell in cells if cell['cell_type'] == 'markdown' for line in ''.join(cell['source']).splitlines() if line.startswith('| `data.')
              or re.match(r'\| `\w+\.\*`', line)]
     table = {}

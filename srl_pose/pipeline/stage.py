@@ -147,7 +147,7 @@ def work_of(
     def work(tell):
         from srl_pose.experiment.params import load_experiment, load_experiments
         from srl_pose.files import project_root
-        from srl_pose.training.checkpoint import check_start
+        from srl_pose.training.start import check_start
 
         with one_thread():  # the kernel will be a fork
             e = load_experiment(**values) if values else next(iter(load_experiments().values()))
@@ -262,7 +262,7 @@ NEEDED = ('papermill', 'dvc.repo', 'ipykernel.ipkernel', 'ipykernel.kernelapp', 
 def look_ahead() -> None:
     "Do what every stage begins with: a fork remembers which parameters are right and what the code is."
     from srl_pose.experiment.params import load_experiments
-    from srl_pose.training.checkpoint import training_code
+    from srl_pose.training.identity import training_code
 
     with one_thread():
         load_experiments()

@@ -6,6 +6,7 @@
 __all__ = ['TIMES', 'SOURCES', 'CONFOUNDED', 'HTML', 'COLOURS', 'to_markdown', 'to_html', 'plot_page', 'write_pages', 'publish']
 
 # %% ../../nbs/5_results/06_pages.ipynb #6e37a744
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ..pose.pose_net import BLOCKS
 from .compare import TOPS, Row, baseline_of, measured_file, not_recorded, read_rows, what_differs
 from .published import published
 from .table import Page, accuracy_table, cost_table, difference_table, learned_table, lines_of, pages_of, to_csv
+from ..training.watch import gather_curves
 
 # %% ../../nbs/5_results/06_pages.ipynb #b74db1ff
 def _plural(number: int, noun: str, ending: str = 's') -> str: return f'{number} {noun}{ending if number > 1 else ""}'
@@ -226,7 +228,7 @@ def write_pages(
 def publish(
     params: str | Path | None = None,  # parameter file; None: `params.yaml` of the project
 ) -> Path:  # where the pages are
-    "Copy metrics and costs from `outputs/` to `results/`, and write the pages there from what `results/` then holds."
+    "Copy metrics, costs and curves from `outputs/` to `results/`, and write the pages there from what `results/` then holds."
     experiments = load_experiments(params)
     read_rows(experiments)  # refuses what cannot stand in one table
     for e in experiments.values():
@@ -235,8 +237,22 @@ def publish(
             copy = project_root() / 'results' / file.relative_to(project_root() / 'outputs')
             with whole_file(copy) as partial: partial.write_bytes(file.read_bytes())
     first = next(iter(experiments.values()))
+    _publish_curves(first)
     if first.set == 'sample': _publish_predictions([e for e in experiments.values() if e.model.block] or [first])
     return write_pages(params, first.folder('results') / 'tables', ('results',))
+
+
+def _publish_curves(experiment: Experiment) -> None:
+    "The table of all runs' epochs: those that are here, and those that it has had before"
+    here, kept = experiment.folder() / 'curves.tsv', experiment.folder('results') / 'curves.tsv'
+    if not any(experiment.folder().glob('runs/*/curves')): return
+    gather_curves(experiment.folder(), here)
+    new, old = (list(csv.DictReader(file.read_text().splitlines(), delimiter='\t')) if file.exists() else [] for file in (here, kept))
+    lines = sorted([*new, *(line for line in old if line['run'] not in {line['run'] for line in new})], key=lambda line: (line['run'], int(line['epoch'])))
+    with whole_file(kept) as partial, open(partial, 'w', newline='') as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for line in lines for name in line), restval='', delimiter='\t', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def _publish_predictions(rows: list[Experiment]) -> None:

@@ -273,7 +273,7 @@ def run_download(options: argparse.Namespace) -> None:
 def add_select(commands) -> None:
     "`srl-pose select`"
     command = commands.add_parser('select', help='choose the experiments that `dvc repro` runs')
-    command.add_argument('set', help='name of the set: sample, coco, lspet')
+    command.add_argument('set', help='name of the set: sample, coco, leeds')
     command.add_argument('--data', help='folder of its data set; without it, the embedded sample')
     command.add_argument('--recipe', help='one of its recipes (default: the one that its file names)')
     command.set_defaults(run=run_select)
@@ -294,7 +294,7 @@ def add_check_row(commands) -> None:
 
 def run_check_row(options: argparse.Namespace) -> None:
     from srl_pose.experiment.params import load_experiment
-    from srl_pose.training.checkpoint import check_start
+    from srl_pose.training.start import check_start
 
     experiment = load_experiment(options.row)
     check_start(experiment)
