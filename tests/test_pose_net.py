@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from srl_pose.blocks.base import TransformBlock
-from srl_pose.pose.pose_net import BLOCKS, DECONVS, LAYERS, PoseResNet, copy_all_but_blocks
+from srl_pose.pose.backbone import LAYERS
+from srl_pose.pose.pose_net import BLOCKS, DECONVS, PoseResNet, copy_all_but_blocks
 from srl_pose.testing import randomize_pose_net
 
 SIZE = (32, 64)  # (w, h)

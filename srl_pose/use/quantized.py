@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from ..pose.pose_net import LAYERS, PoseResNet, blocks_of
+from ..pose.backbone import LAYERS
+from ..pose.pose_net import PoseResNet, blocks_of
 from .inference import fold_batchnorm
 
 # %% ../../nbs/6_use/11_quantized.ipynb #b8e5a9ce
