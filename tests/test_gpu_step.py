@@ -60,7 +60,7 @@ os._exit(0)
 PLANTED = 'batches.normalize = lambda images: normalize(images) '
 
 
-BLOCKS = [None, 'fft', 'lo', 'dct', 'nl', 'cgnl', 'a2', 'cc']
+BLOCKS = [None, 'fft', 'lo', 'dct', 'nl', 'cgnl', 'a2', 'cc', 'local']
 
 
 def step(planted='', blocks=(None,)):

@@ -66,7 +66,7 @@ class ModelParams(Section):
     "The arguments of `PoseResNet`, and of the `Heatmaps` it is trained on."
     backbone: str = 'resnet50'  # resnet18, 34, 50, 101 or 152
     input_size: InputSize = (192, 256)  # height x width in pixels, multiples of 32; (w, h) in Python
-    block: str | None = None  # fft, lo, dct (spectral), nl, cgnl, a2, cc (attention), or null: none, the simple baseline
+    block: str | None = None  # fft, lo, dct (spectral), nl, cgnl, a2, cc (attention), local (a control), or null: none, the simple baseline
     block_after: tuple[str, ...] = ('deconv1', 'deconv2', 'deconv3')  # places that a block follows; also layer2, layer3, layer4 (their end), layer3/2 (after every 2nd residual block)
     block_options: dict[str, bool | int | str] = {}  # keyword arguments of the block's class, such as {spectral_relu: true} or {edges: upper, norm: ortho}
     last_layer: Literal['layer2', 'layer3', 'layer4'] = 'layer4'  # where the backbone ends

@@ -143,7 +143,7 @@ def _check_places(model, names, example, expected):
 # %% ../../nbs/2_pose/09_insert.ipynb #c165a769
 def insert_blocks(
     model: nn.Module,  # changed in place
-    block: str,  # short name, one of `BLOCKS`: fft, lo, dct, nl, cgnl, a2, cc
+    block: str,  # short name, one of `BLOCKS`: fft, lo, dct, nl, cgnl, a2, cc, local
     after: str | Sequence[str],  # names of modules, as in `model.named_modules()`
     example: Tensor | tuple,  # an input of the model, or all of its positional ones
     *,

@@ -22,7 +22,7 @@ from ..blocks.attention import CompactNonLocalBlock, CrissCrossBlock, DoubleAtte
 from ..blocks.base import check_choice
 from ..blocks.non_local import NonLocalBlock
 from ..blocks.spectral import SpectralBlock
-from ..blocks.transforms import CosineBlock, OrthogonalBlock
+from ..blocks.transforms import CosineBlock, LocalBlock, OrthogonalBlock
 from .backbone import LAYERS, build_backbone, choose_strides
 from .heatmap import check_input_size
 
@@ -35,6 +35,7 @@ BLOCKS: dict[str, type[nn.Module]] = {  # short names as in the original
     'cgnl': CompactNonLocalBlock,  # compact generalised non-local
     'a2': DoubleAttentionBlock,  # double attention
     'cc': CrissCrossBlock,  # recurrent criss-cross
+    'local': LocalBlock,  # a control of ours: the layers of dct, no transform
 }
 DECONVS = ('deconv1', 'deconv2', 'deconv3')  # a block can follow each of these,
 PLACES = (*DECONVS, *LAYERS, *(f'{layer}/2' for layer in LAYERS))  # the last residual block of a layer, or every 2nd (3rd, ...) of its residual blocks

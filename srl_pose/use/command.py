@@ -185,7 +185,7 @@ def add_train(commands) -> None:
     command.add_argument('--out', required=True, metavar='FOLDER', help='for model.pt, curves and a page of predictions; called again, training goes on')
     command.add_argument('--start-from', metavar='FILE', help="a trained network, ours, of Simple Baselines or of mmpose; it brings backbone, size and block")
     command.add_argument('--start-color-order', choices=('RGB', 'BGR'), help='of the images that it was trained on, where nothing in it tells')
-    command.add_argument('--block', help='fft, lo, dct, nl, cgnl, a2, cc, or none (default: none, or that of --start-from)')
+    command.add_argument('--block', help='fft, lo, dct, nl, cgnl, a2, cc, local, or none (default: none, or that of --start-from)')
     command.add_argument('--block-after', type=listed, metavar='A,B,…', help='places of blocks (default: deconv1,deconv2,deconv3)')
     command.add_argument('--backbone', help='resnet18, 34, 50, 101, 152 (default: resnet18, or that of --start-from)')
     command.add_argument('--backbone-weights', metavar='NAME', help="torchvision's name, a file, or none (default: IMAGENET1K_V1, downloaded)")
