@@ -10,7 +10,6 @@ __all__ = ['kernel_attention', 'CompactNonLocalBlock', 'DoubleAttentionBlock', '
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import check_feature_map, check_multiple, without_autocast

@@ -8,7 +8,6 @@ __all__ = ['conv_bn_pairs', 'fold_batchnorm', 'exportable']
 # %% ../../nbs/6_use/05_inference.ipynb #8f71be7c
 import copy
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
