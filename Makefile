@@ -2,7 +2,7 @@
 #   make table                run the chosen experiments, say what is being done, and print their results page
 #   make test                 check that notebooks are clean and exported, run nbdev_test and pytest
 # Choosing what `make table` and `dvc repro` run:
-#   make coco DATA=<folder>   the COCO experiments on a COCO folder (likewise make lspet, make leeds); RECIPE=<name> chooses one of their recipes
+#   make coco DATA=<folder>   the COCO experiments on a COCO folder (likewise make leeds); RECIPE=<name> chooses one of their recipes
 #   make sample               the embedded sample again
 # Parts of it:
 #   make table TABLE=4        only the rows of one of the paper's tables (and `dvc repro evaluate@<row>-<seed>` only one run)
@@ -28,7 +28,7 @@ MARK := $(VENV)/srl_pose.installed
 WANT := $(CURDIR) $(shell cat pyproject.toml constraints.txt | cksum)
 export VENV MARK WANT DATA RECIPE TABLE
 
-.PHONY: table measure pages test survive gpu setup environment lab coco lspet leeds sample publish readme chapters render site site-check
+.PHONY: table measure pages test survive gpu setup environment lab coco leeds sample publish readme chapters render site site-check
 
 # outputs/SET/RECIPE of params.yaml
 HERE = outputs/$$(sed -n 's/^set: *\([^ ]*\).*/\1/p' params.yaml)/$$(sed -n 's/^recipe: *\([^ ]*\).*/\1/p' params.yaml)
@@ -73,7 +73,7 @@ environment:
 			"index) and about 6 GB of disk. Nothing else was changed; the same command tries again." >&2; exit 1; }
 	@printf '%s\n' "$$WANT" > "$$MARK"
 
-coco lspet leeds sample: setup
+coco leeds sample: setup
 	@srl-pose select $@ $${DATA:+--data "$$DATA"} $${RECIPE:+--recipe "$$RECIPE"}
 
 lab: setup
