@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import nbformat
 import papermill
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'scripts'))
@@ -164,6 +166,18 @@ def test_versions_are_pinned_and_agree():
     assert srl_pose.__version__ == settings['DEFAULT']['version']
     lines = (ROOT / 'constraints.txt').read_text().split()
     assert all('==' in line for line in lines) and any(line.startswith('torch==') for line in lines)
+
+
+def test_pinned_versions_run_on_every_python_3_11():
+    """Debian 12 has 3.11.2: pip finds no version, and says "conflict", where a pin asks for more."""
+    pinned = dict(line.split('==') for line in (ROOT / 'constraints.txt').read_text().split())
+    needed = {name: metadata.metadata(name)['Requires-Python'] for name in pinned if installed(name)}
+    assert len(needed) > 100 and [name for name, python in needed.items() if python and '3.11.0' not in SpecifierSet(python)] == []
+
+
+def installed(name):
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return None
 
 
 def test_torch_hub_finds_the_block():
