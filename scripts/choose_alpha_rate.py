@@ -1,10 +1,10 @@
 """How fast should the factor α of a block learn? Chosen on a part of the training images, never on the validation set.
 
-    python scripts/choose_alpha_rate.py --data <folder of Leeds Sports Pose Extended>    # an hour of one core
+    python scripts/choose_alpha_rate.py --data <folder of Leeds Sports Pose Extended>    # two hours of one core
 
 α starts at 0, and Adam moves a number by about its rate in a step, whatever its gradient. So in a short training the rate decides how large α can become.
 Every tenth image of `train` is held out. The rows fft and fft_ortho of the recipe `long` are trained on the others for two epochs, from
-the backbone of drawn people, with α at 1 to 100 times the rate of all other parameters. Average precision and the blocks' α at the end go to results/leeds/alpha_rate.csv.
+the backbone of drawn people, with α at 1 to 100 times the rate of all other parameters. AP, PCK and the blocks' α at the end go to results/leeds/alpha_rate.csv.
 """
 import argparse
 import csv

@@ -348,7 +348,7 @@ def add_publish(commands) -> None:
 
 
 def run_publish(options: argparse.Namespace) -> None:
-    from srl_pose.results.pages import publish
+    from srl_pose.results.publish import publish
 
     print(publish())
 
