@@ -36,7 +36,7 @@ MATHJAX = r"""window.MathJax = {
 
 
 def place(notebook: Path) -> str:
-    "Such as 1_blocks/02_spectral: where its page stands in the folder nbs"
+    "Such as 1_blocks/04_spectral: where its page stands in the folder nbs"
     return notebook.relative_to(NBS).with_suffix('').as_posix()
 
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from srl_pose.blocks.base import TransformBlock
 from srl_pose.blocks.forms import form_of
 from srl_pose.blocks.gpu import fast, spectral_gpu
-from srl_pose.blocks.spectral import EDGES, NORMS, SpectralBlock
+from srl_pose.blocks.half_spectrum import EDGES, NORMS
+from srl_pose.blocks.spectral import SpectralBlock
 from srl_pose.testing import naive_fft_block, randomize
 
 ON_GPU, INTERPRETED = torch.cuda.is_available(), os.environ.get('TRITON_INTERPRET') == '1'

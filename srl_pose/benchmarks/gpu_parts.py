@@ -37,7 +37,8 @@ from ..blocks.forms import form_of, forms_seen
 from ..blocks.gpu.fast import switched
 from ..blocks.gpu.spectral_gpu import groups_together
 from ..blocks.gpu.traffic import floor, traffic
-from ..blocks.spectral import EDGES, NORMS, SpectralBlock
+from ..blocks.half_spectrum import EDGES, NORMS
+from ..blocks.spectral import SpectralBlock
 from ..experiment.experiment import Experiment
 from ..experiment.params import load_set
 from ..files import project_root, write_json

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .blocks import read_sizes, write_benchmark
-from ..blocks.spectral import inverse_rfft2
+from ..blocks.half_spectrum import inverse_rfft2
 
 # %% ../../nbs/8_benchmarks/07_inverse.ipynb #be22764e
 def mirrored_columns(

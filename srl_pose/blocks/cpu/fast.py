@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..base import in_float32
 from ..forms import (add_operator, allows_fast, is_batch, layout_of, library_of, refuse_second_derivative, shapes_of_gradients, slope_and_shift,
                                    update_statistics)
-from ..spectral import SpectralBlock, upper_weights
+from ..half_spectrum import upper_weights
+from ..spectral import SpectralBlock
 from .spectral_native import operators, runs_native
 
 # %% ../../../nbs/9_cpu/01_fast.ipynb #c5729c40

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..forms import add_operator, layout_of, library_of, shapes_of_gradients, shapes_of_inference, shapes_of_training
 from .native import native_library, parallel_for
 from .native_fft import TRANSFORMS, native_takes, run_native
-from ..spectral import upper_weights
+from ..half_spectrum import upper_weights
 
 # %% ../../../nbs/9_cpu/04_spectral_native.ipynb #c0517e30
 REGISTERS = r'''

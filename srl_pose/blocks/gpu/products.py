@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forms import layout_of, slope_and_shift, update_statistics
-from ..spectral import weigh_edges
+from ..half_spectrum import weigh_edges
 
 # %% ../../../nbs/10_gpu/04_products.ipynb #89ebd0d7
 def unitary_matrices(
