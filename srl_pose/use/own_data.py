@@ -14,7 +14,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from torchvision.models import get_model_weights
 
-from ..data.coco import CocoPersons, split_files
+from ..data.coco import CocoPersons
+from ..data.split import split_files
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.metrics import collect_metrics, write_metrics
 from ..experiment.experiment import Experiment
