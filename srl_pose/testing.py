@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_BUFFER', 'NOWHERE', 'randomize', 'random_map', 'randomize_pose_net', 'read_upper', 'naive_fft_block',
-           'nms_original', 'log_buffers', 'keep_keypoints', 'changed', 'invented_run', 'invented_cost']
+           'nms_original', 'log_buffers', 'keep_keypoints', 'changed', 'short_run', 'invented_run', 'invented_cost']
 
 # %% ../nbs/testing.ipynb #fa9e75f7
 import sys
@@ -151,6 +151,20 @@ def changed(
 ):  # another `Experiment`
     "An experiment with other values in one section."
     return experiment.model_copy(update={section: getattr(experiment, section).model_copy(update=values)})
+
+
+def short_run(
+    row,  # an `Experiment` on the embedded sample
+    **changes,  # further values by section
+):  # another `Experiment`
+    "This row as a run of seconds: two epochs of three steps, with a block, on crops of 32×32 pixels."
+    sections = dict(
+        data=dict(root='sample', train='val'), model=dict(input_size=(32, 32), block='fft', block_after=('deconv1',)),
+        train=dict(epochs=2, batch_size=64, warmup_epochs=0, lr_steps=()),
+        machine=dict(device='cpu', processes=1, workers=0, progress_seconds=3600))
+    values = row.model_dump()
+    for section, new in sections.items(): values[section] |= new | changes.get(section, {})
+    return type(row).model_validate(values)
 
 # %% ../nbs/testing.ipynb #b67d6a95
 NOWHERE = dict(code=dict(version='0', commit='c' * 40, changed=False), python='3.11', libraries=dict(torch='2'), device='a machine', system='Linux')

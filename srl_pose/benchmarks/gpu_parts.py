@@ -47,7 +47,8 @@ from ..results.plan import MACHINES, Machine, computing_time
 from ..testing import changed, naive_fft_block, randomize
 from ..timing import device_name, median_ratio, take_turns, usable_cores
 from ..training.batches import prepare
-from ..training.train import Data, Learner, fit, first_network, learn
+from ..training.learner import Data, Learner, first_network
+from ..training.train import fit, learn
 from ..training.watch import Stopwatch
 
 # %% ../../nbs/8_benchmarks/08_gpu_parts.ipynb #08b1d2b8
