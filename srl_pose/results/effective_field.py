@@ -80,12 +80,15 @@ def main(args: list[str] | None = None) -> int:
     p = parser.parse_args(args)
     if not (files := sorted(p.runs.glob('*/model.pt'))): parser.error(f'{p.runs}: there is no */model.pt')
     lines = [effective_field(file, p.data, p.split) for file in files]
+    new = {(line['row'], str(line['seed'])) for line in lines}
+    kept = [line for line in csv.DictReader(p.out.read_text().splitlines()) if (line['row'], line['seed']) not in new] if p.out.exists() else []
     p.out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(p.out) as path, open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
-        for line in lines: writer.writerow({name: f'{value:.4g}' if isinstance(value, float) else value for name, value in line.items()})
-    print(f'{p.out}: {len(lines)} networks')
+        for line in sorted([*lines, *kept], key=lambda line: (line['row'], int(line['seed']))):
+            writer.writerow({name: f'{value:.4g}' if isinstance(value, float) else value for name, value in line.items()})
+    print(f'{p.out}: {len(lines)} networks' + (f', and {len(kept)} that it had before' if kept else ''))
     return 0
 
 
