@@ -14,7 +14,7 @@ _NAMES = {
     'SpectralBlock': 'blocks.spectral', 'NonLocalBlock': 'blocks.non_local', 'insert_blocks': 'pose.insert', 'remove_blocks': 'pose.insert',
     'PoseResNet': 'pose.pose_net', 'load_original': 'pose.original', 'Heatmaps': 'pose.heatmap', 'KeypointSet': 'pose.keypoints',
     'CocoPersons': 'data.coco', 'Experiment': 'experiment.experiment', 'train': 'training.train', 'evaluate': 'evaluation.evaluate',
-    'Predictor': 'use.predict', 'predict_images': 'use.predict', 'to_onnx': 'use.export'}
+    'Predictor': 'use.predictor', 'predict_images': 'use.predict', 'to_onnx': 'use.export'}
 __all__ = list(_NAMES)
 
 

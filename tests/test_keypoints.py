@@ -16,7 +16,8 @@ from srl_pose.pose.keypoints import COCO_KEYPOINTS
 from srl_pose.sample.scenes import make_sample
 from srl_pose.testing import changed, keep_keypoints
 from srl_pose.training.train import train
-from srl_pose.use.predict import Predictor, predict_images
+from srl_pose.use.predict import predict_images
+from srl_pose.use.predictor import Predictor
 
 FIVE = 'nose left_wrist right_wrist left_ankle right_ankle'.split()
 

@@ -21,7 +21,8 @@ from srl_pose.pose.pose_net import PoseResNet
 from srl_pose.testing import log_buffers
 from srl_pose.training.checkpoint import CheckpointError
 from srl_pose.training.start import load_start
-from srl_pose.use.predict import Predictor, predict_crops
+from srl_pose.use.predict import predict_crops
+from srl_pose.use.predictor import Predictor
 
 ONE = """codec = dict(
     heatmap_size=(

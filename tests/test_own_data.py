@@ -101,7 +101,7 @@ def test_the_page(shell, tmp_path):
 
 def check_shared(shell, folder):
     """Names, pairs, limbs and sigmas come out of the checkpoint, also through a shared folder and an exported file."""
-    from srl_pose.use.predict import Predictor
+    from srl_pose.use.predictor import Predictor
 
     points = Predictor.load(folder / 'run/model.pt').keypoint_set
     assert (list(points.names), points.flip_pairs, points.skeleton) == (NAMES, ((1, 2),), ((0, 3), (3, 4)))

@@ -42,7 +42,8 @@ from ..pose.pose_net import PoseResNet
 from ..training.checkpoint import CheckpointError
 from ..training.train import train
 from ..use.precision import OFFERED, has_instructions, keypoint_shift, with_precision
-from ..use.predict import Predictor, predict_crops, predict_frames
+from ..use.predict import predict_crops, predict_frames
+from ..use.predictor import Predictor
 
 # %% ../../nbs/8_benchmarks/04_predict.ipynb #6e3bde33
 def crowded_images(
