@@ -15,7 +15,8 @@ from torchvision.models import get_model
 from srl_pose.data.coco import MEAN, STD
 from srl_pose.evaluation.evaluate import pose_heatmaps
 from srl_pose.pose.mmpose import IMAGENET
-from srl_pose.pose.original import Unsaid, load_original
+from srl_pose.pose.layout import Unsaid
+from srl_pose.pose.original import load_original
 from srl_pose.pose.weight_files import KEEP
 from srl_pose.pose.pose_net import PoseResNet
 from srl_pose.testing import log_buffers

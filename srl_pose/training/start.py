@@ -15,7 +15,8 @@ from torch import nn
 from ..blocks.spectral import SpectralBlock
 from ..experiment.experiment import Experiment
 from ..pose.mmpose import check_normalisation
-from ..pose.original import UNSAID, Unsaid, choose_color_order, load_original, open_state, recognise, renumber
+from ..pose.layout import Unsaid, choose_color_order, open_state, recognise
+from ..pose.original import UNSAID, load_original, renumber
 from ..pose.pose_net import blocks_of
 from .checkpoint import CheckpointError, read_checkpoint
 

@@ -23,7 +23,8 @@ from ..experiment.params import ParameterError
 from ..files import DataError
 from ..pose.decoders import DECODERS
 from ..pose.keypoints import KeypointSet, read_keypoint_set
-from ..pose.original import arguments_of, likely_size, open_state, recognise
+from ..pose.layout import open_state, recognise
+from ..pose.original import arguments_of, likely_size
 from ..training.checkpoint import CheckpointError, build_from, read_checkpoint
 from ..training.start import check_start
 from ..training.train import train

@@ -17,7 +17,8 @@ from ..experiment.experiment import find_device
 from ..pose.decoders import DECODERS
 from ..pose.heatmap import Heatmaps, check_input_size
 from ..pose.keypoints import COCO_KEYPOINTS, KeypointSet
-from ..pose.original import Unsaid, is_shared, load_original
+from ..pose.layout import Unsaid, is_shared
+from ..pose.original import load_original
 from ..training.checkpoint import CheckpointError, build_from, read_checkpoint
 from .inference import fold_batchnorm
 
