@@ -14,7 +14,8 @@ from srl_pose.data.check import check
 from srl_pose.data.coco import CocoPersons
 from srl_pose.pose.crops import Augmentation
 from srl_pose.data.annotations import read_annotations
-from srl_pose.evaluation.evaluate import evaluate, evaluate_results
+from srl_pose.evaluation.cocoeval import evaluate_results
+from srl_pose.evaluation.evaluate import evaluate
 from srl_pose.files import DataError
 from srl_pose.pose.heatmap import Heatmaps
 from srl_pose.pose.keypoints import COCO_KEYPOINTS, KeypointSet

@@ -16,7 +16,9 @@ from torch import nn
 from srl_pose.evaluation.bootstrap import Matches, bootstrap, compare
 from srl_pose.data.coco import CocoPersons
 from srl_pose.pose.crops import Augmentation
-from srl_pose.evaluation.evaluate import METRICS, coco_results, evaluate, evaluate_results, predict, run_cocoeval, val2017_warnings
+from srl_pose.evaluation.cocoeval import METRICS, coco_results, evaluate_results, run_cocoeval
+from srl_pose.evaluation.evaluate import evaluate, val2017_warnings
+from srl_pose.evaluation.predict import predict
 from srl_pose.files import DataError, project_root, write_json
 from srl_pose.pose.heatmap import Heatmaps
 from srl_pose.pose.keypoints import COCO_KEYPOINTS

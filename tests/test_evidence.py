@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from srl_pose.evaluation.evaluate import METRICS
+from srl_pose.evaluation.cocoeval import METRICS
 from srl_pose.evaluation.metrics import RunMetrics, weights_digest, write_metrics
 from srl_pose.experiment.params import load_set
 from srl_pose.files import project_root, write_json

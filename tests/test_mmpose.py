@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from srl_pose.data.coco import MEAN, STD
-from srl_pose.evaluation.evaluate import pose_heatmaps
+from srl_pose.evaluation.predict import pose_heatmaps
 from srl_pose.pose.mmpose import IMAGENET
 from srl_pose.pose.layout import Unsaid
 from srl_pose.pose.original import load_original

@@ -148,7 +148,8 @@ def test_every_parameter_decides_something():
 
 def table_of_what_runs_again():
     """Columns of the table in the notebook of identity, by the pattern of a parameter's name."""
-    cells = json.loads((ROOT / 'nbs' / '4_training' / '09_identity.ipynb').read_text())['cells']
+    notebook, = (ROOT / 'nbs' / '4_training').glob('*_identity.ipynb')
+    cells = json.loads(notebook.read_text())['cells']
     lines = [line for cell in cells if cell['cell_type'] == 'markdown' for line in ''.join(cell['source']).splitlines() if line.startswith('| `data.')
              or re.match(r'\| `\w+\.\*`', line)]
     table = {}

@@ -37,7 +37,7 @@ from ..training.batches import prepare
 from ..data.coco import CocoPersons, collate
 from ..pose.crops import Augmentation, keypoints_to_image
 from ..pose.decoders import DECODERS
-from ..evaluation.evaluate import coco_results
+from ..evaluation.cocoeval import coco_results
 from ..files import read_json, write_json
 from ..pose.heatmap import Heatmaps
 from ..pose.keypoints import COCO_KEYPOINTS

@@ -11,7 +11,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.evaluate import METRICS
+from ..evaluation.cocoeval import METRICS
 from ..experiment.experiment import Experiment
 from ..experiment.params import ParameterError, load_experiments
 from ..pose.heatmap import read_size

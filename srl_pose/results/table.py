@@ -19,7 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 from .compare import Difference, Row, against_baselines, baseline_of, what_differs
-from ..evaluation.evaluate import METRICS
+from ..evaluation.cocoeval import METRICS
 from ..pose.heatmap import show_size
 from .published import TABLES, Published, published
 

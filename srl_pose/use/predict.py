@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ..data.coco import normalize
-from ..evaluation.evaluate import pose_heatmaps, rescore
+from ..evaluation.cocoeval import rescore
+from ..evaluation.predict import pose_heatmaps
 from ..files import DataError
 from ..pose.crops import box_to_center_scale, crop_matrix, crop_window, keypoints_to_image, warp_crop
 from ..pose.oks import oks_nms
