@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from srl_pose.blocks.cpu.matrix_native import CHECKED, FOURIER, cheapest, folded
 from srl_pose.blocks.cpu.native import native_library
 from srl_pose.blocks.cpu.native_fft import run_native
+from srl_pose.blocks.cpu.native_products import FOURIER, ONE_SIDE, cheapest, folded
 from srl_pose.blocks.spectral import SpectralBlock
 from srl_pose.blocks.transforms import CosineBlock, OrthogonalBlock
 from srl_pose.pose.heatmap import read_size
@@ -34,7 +34,7 @@ void rate(const problem *p) { for (long i = 0; i < 2000; i++) columns(96, 1, 0, 
 
 def product_rate() -> float:
     "Multiply-adds per second of one core."
-    library, x = native_library(CHECKED + RATE), torch.empty(1, 16, 1, 1)
+    library, x = native_library(ONE_SIDE + RATE), torch.empty(1, 16, 1, 1)
     if library is None: raise SystemExit('no C compiler: there is no native form to measure')
     fields = dict(left=torch.rand(96, 128), right=torch.rand(128, 16), bias=torch.zeros(16), out=torch.empty(96, 16))
     return 2000 * 96 * 128 * 16 / min(seconds(lambda: run_native(library.rate, x, 1, **fields)) for _ in range(10))

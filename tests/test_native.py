@@ -71,14 +71,15 @@ for B, C, H, W in [(3, 16, 9, 6), (2, 32, 7, 13), (2, 64, 1, 10), (1, 16, 11, 1)
             inferred = spectral_native.native_inference(x, weight, vector, *kept[-2:], alpha, groups, edges)
             torch.testing.assert_close(inferred, out, rtol=1e-4, atol=1e-4)
 from srl_pose.blocks.cpu import matrix_native
+from srl_pose.blocks.cpu.native_products import FOURIER, folded, folds_of
 of_matrices = native_library(matrix_native.MATRIX_SOURCE, cache=Path(sys.argv[1]), flags=tuple(flags.split()))
 matrix_native.matrix_library = lambda: of_matrices
 for B, C, H, W in [(3, 32, 9, 6), (2, 64, 1, 10), (1, 32, 37, 1), (1, 32, 25, 16), (2, 32, 28, 31), (2, 32, 27, 31)]:
     for layout in (torch.contiguous_format, torch.channels_last):
         m = torch.randn(B, C, H, W).contiguous(memory_format=layout)
         weight, vector, one = torch.randn(C, C // 2, 1, 1), torch.randn(C), torch.ones(1)
-        for folds in ([0, 0], [matrix_native.folds_of(H), matrix_native.folds_of(W)], [matrix_native.FOURIER, 0], [0, matrix_native.FOURIER], [matrix_native.FOURIER] * 2):
-            matrices = [matrix_native.folded(torch.randn(n, n), f) / n for n, f in zip((H, W), folds)]
+        for folds in ([0, 0], [folds_of(H), folds_of(W)], [FOURIER, 0], [0, FOURIER], [FOURIER] * 2):
+            matrices = [folded(torch.randn(n, n), f) / n for n, f in zip((H, W), folds)]
             out, *rest = matrix_native.matrix_forward(m, weight, vector, vector, vector, one, *matrices, folds, 1e-5, 2)
             for needs in ((True, True), (True, False), (False, True), (False, False)):
                 matrix_native.matrix_backward(m, weight, one, *matrices, folds, *rest, 1e-5, *needs)
@@ -116,7 +117,7 @@ def test_sanitizers_find_nothing(tmp_path, sanitizer):
 
 
 @needs_cc
-@pytest.mark.parametrize('name', ['03_native_fft', '04_spectral_native', '05_matrix_native'])
+@pytest.mark.parametrize('name', ['03_native_fft', '04_spectral_native', '05_native_products', '06_matrix_native'])
 def test_sanitizers_find_nothing_in_the_tests_of_a_notebook(name, tmp_path, sanitizer):
     """They hand C memory of their own."""
     cells = json.loads((ROOT / f'nbs/9_cpu/{name}.ipynb').read_text())['cells']

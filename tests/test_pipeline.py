@@ -28,7 +28,7 @@ MODULES = sorted('.'.join(p.relative_to(ROOT / 'srl_pose').with_suffix('').parts
 FLOORS = ['', 'blocks', 'blocks.cpu', 'blocks.gpu', 'pose', 'data', 'experiment', 'evaluation', 'training', 'results', 'pipeline', 'use', 'sample', 'benchmarks']
 
 
-PLUG = {'blocks': {'blocks.cpu', 'blocks.cpu.fast', 'blocks.cpu.matrix_native', 'blocks.gpu', 'blocks.gpu.fast'}}  # the one arrow upwards: the package of the blocks plugs the appendices in (nbs/9_cpu/06_plug_in.ipynb)
+PLUG = {'blocks': {'blocks.cpu', 'blocks.cpu.fast', 'blocks.cpu.matrix_native', 'blocks.gpu', 'blocks.gpu.fast'}}  # the one arrow upwards: the package of the blocks plugs the appendices in (nbs/9_cpu/07_plug_in.ipynb)
 
 
 def floor_of(module):
