@@ -29,7 +29,7 @@ def pair_sides(
 def left_right(
     keypoints: np.ndarray,  # (N, K, 3) as x, y, flag
     keypoint_set: KeypointSet,
-) -> list[dict]:  # of each flip pair: persons in which it is clear, and shares of these
+) -> list[dict]:  # of each flip pair: how many persons count, and the shares of them
     "For each pair, how often its left keypoint is on the right of the image, in all and in faces to the camera, and how often it agrees with the others"
     side = pair_sides(keypoints, keypoint_set)
     others = np.sign(side.sum(1, keepdims=True) - side)  # what the majority of the other pairs says
@@ -43,5 +43,5 @@ def left_right(
         rows.append(dict(
             pair=f'{keypoint_set.names[a]} – {keypoint_set.names[b]}', persons=int(clear.sum()), left_is_right=share(right, clear),
             facing=int((facing & clear).sum()), left_is_right_facing=share(right, facing & clear),
-            agrees=share(mine == theirs, clear & (theirs != 0))))
+            compared=int((clear & (theirs != 0)).sum()), agrees=share(mine == theirs, clear & (theirs != 0))))
     return rows

@@ -182,9 +182,9 @@ def left_and_right_exchanged(p: People) -> Iterator[Finding]:
 def pair_exchanged(p: People) -> Iterator[Finding]:
     "A pair disagrees with the other pairs"
     for row in p.sides:
-        if row['persons'] >= ENOUGH and row['agrees'] is not None and row['agrees'] < EXPECTED:
+        if row['compared'] >= ENOUGH and row['agrees'] < EXPECTED:
             yield warning('pair exchanged', p.file, 'annotations.keypoints', f'annotations: keypoints {row["pair"]} look exchanged: '
-                          f'only {row["agrees"]:.0%} of {row["persons"]} agree with the other pairs')
+                          f'only {row["agrees"]:.0%} of {row["compared"]} agree with the other pairs')
 
 # %% ../../nbs/3_data/10_person_findings.ipynb #c4ec0018
 PERSON_FINDINGS = (

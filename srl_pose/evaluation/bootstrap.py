@@ -164,7 +164,7 @@ def bootstrap_share(
 class PairedDifference:
     "By how much one number exceeds another"
     value: float
-    low: float  # of the 95 % interval
+    low: float  # of the interval; it is 0 to 0 where the two have no draw in common
     high: float
     probability: float  # share of draws in which it is positive; equal draws count half
 
