@@ -137,14 +137,14 @@ def build(only: str | None = None) -> None:
                 api_page(module, notebook)
                 api.append({module: f'api/{module}.md'})
         nav.append({re.match(r'# (.+)', door.read_text())[1]: pages})
-    for source in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'srl_pose/demonstration/README.md', *(ROOT / 'docs').glob('*.md')): words(source)
+    for source in (ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'srl_pose/demonstration/README.md', ROOT / 'findings/README.md', *(ROOT / 'docs').glob('*.md')): words(source)
     for name in ('LICENSE', 'CITATION.cff', 'README_files', 'experiments'):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, DOCS / name)
     import jupyter_server_mathjax
     shutil.copytree(Path(jupyter_server_mathjax.__file__).parent / 'static', DOCS / 'MathJax', dirs_exist_ok=True)
     (DOCS / 'site.css').write_text(CSS)
     (DOCS / 'mathjax.js').write_text(MATHJAX)
-    nav += [{'Results pages': results_pages()}, {'API': api}, {'Contributing': 'CONTRIBUTING.md'}]
+    nav += [{'Results pages': results_pages()}, {'API': api}, {'What other software does': 'findings/README.md'}, {'Contributing': 'CONTRIBUTING.md'}]
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(message)s')
     config = load_config(str(ROOT / 'mkdocs.yml'), nav=nav, docs_dir=str(DOCS), site_dir=str(HTML), strict=True)
     build_site(config)
