@@ -19,6 +19,7 @@ from ..experiment.params import load_experiments
 from ..files import whole_file
 from ..pose.pose_net import BLOCKS
 from .compare import TOPS, Row, baseline_of, not_recorded, read_rows, what_differs
+from .measure import LEAST_ROUNDS
 from .published import published
 from .table import Page, accuracy_table, cost_table, difference_table, learned_table, lines_of, pages_of, to_csv
 
@@ -48,11 +49,14 @@ def _costs_obtained(page: Page) -> list[str]:
     whose = lambda names: 'all rows' if len(names) == len(page.rows) else ', '.join(f'`{name}`' for name in names)
     lines = [f'- time and memory of {whose(names)}: {device}, {threads} threads; a batch has {batch} images, the training step {persons} persons'
              for (device, threads, batch, persons), names in alike.items()]
-    measured = [row for row in page.rows if row.measured]
+    measured, forms = [row for row in page.rows if row.measured], {}
+    for row in measured:
+        if row.measured.form: forms.setdefault(row.measured.form, []).append(row.name)
+    if forms: lines.append('- form of the blocks in that step: ' + '; '.join(f'{form}{" (layer by layer)" if form == "definition" else ""} in {whose(names)}' for form, names in forms.items()))
     if older := [row.name for row in measured if row.measured.alone is None]:
-        lines.append(f'- not recorded with the times of {whose(older)}: quartiles, rounds and the load of the machine; they are shown as they are')
-    if busy := [row.name for row in measured if any(map(row.measured.busy, TIMES))]:
-        lines.append(f'- "–, machine busy", in {whose(busy)}: the machine did other work, or the middle half of the rounds spreads wider than the value')
+        lines.append(f'- not recorded with the times of {whose(older)}: quartiles, rounds and the load of the machine; so they are not shown')
+    if busy := [row.name for row in measured if any(row.measured.doubt(name) == 'machine busy' for name in TIMES)]:
+        lines.append(f'- "–, machine busy", in {whose(busy)}: the machine did other work, the middle half of the rounds spreads wider than the value, or there were fewer than {LEAST_ROUNDS}')
     return lines
 
 

@@ -201,12 +201,12 @@ def _cost(name: str, header: str, show: Callable[[Any], str], key: str = '') -> 
 
 
 def _time(name: str, header: str, show: Callable[[Any], str]) -> Column:
-    def absent(line): return _not_measured(line) or ('–, machine busy' if line.row.measured.busy(name) else '')
+    def absent(line): return _not_measured(line) or ((doubt := line.row.measured.doubt(name)) and f'–, {doubt}') or ''
     return replace(_cost(name, header, show), absent=absent)
 
 
 COST = [
-    Column('training_seconds', 'hours trained', lambda line: statistics.mean(run.training.seconds for run in line.row.runs.values()), hours_text, absent=_not_run),
+    Column('training_seconds', 'hours trained, whatever else ran', lambda line: statistics.mean(run.training.seconds for run in line.row.runs.values()), hours_text, absent=_not_run),
     Column('params', 'params (M)', _with_added('params', 1e6), _show_added(1e6), absent=_not_measured),
     _cost('flops', 'true GFLOPs', lambda flops: f'{flops / 1e9:.2f}'),
     Column('published_gflops', "GFLOPs, paper's convention", _with_added('published_gflops', 1), _show_added(1), absent=_not_measured),
